@@ -1,0 +1,76 @@
+"""Runs a function as a command: typed options, one line per error, exit codes.
+
+0: done. 1: the work failed. 2: the settings, data, model or machine do not allow it to start. 130: interrupted.
+"""
+
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from raylora.errors import ConfigError, MergeError, RayloraError, SearchError, TrialError
+from raylora.noise import quiet_libraries
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Typer context settings for commands that take `--section.key value`."""
+
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+
+
+def command(function: Callable[..., Any]) -> Callable[..., None]:
+    """Wraps a command function: quiet libraries, our errors as one line on standard error."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        quiet_libraries()
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            function(*args, **kwargs)
+        except RayloraError as error:
+            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(FAILED if isinstance(error, SearchError | TrialError | MergeError) else REFUSED) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(INTERRUPTED) from error
+
+    return run
+
+
+def run_command(function: Callable[..., None], *, overrides: bool = False) -> None:
+    """What a module does that is started with `python -m`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(context_settings=OVERRIDES if overrides else {})(function)
+    app()
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+    """`--section.key value` and `--section.key=value` as key -> value.
+
+    Raises:
+        ConfigError: an argument is of neither form.
+    """
+    overrides = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            raise ConfigError(f"unexpected argument {argument}; override a setting by --section.key value")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{argument} needs a value")
+            value = rest.pop(0)
+        overrides[key] = value
+    return overrides
+
+
+def console() -> Console:
+    """Standard output; wide where it is no terminal, so that lines are not broken in a log."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

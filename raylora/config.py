@@ -1,0 +1,373 @@
+"""Turns a search space file and command line values into one frozen, validated `SearchConfig`.
+
+Precedence: the defaults below < the YAML file < `--section.key value` on the command line.
+Importing this module loads neither torch nor Ray.
+"""
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from raylora.errors import ConfigError
+from raylora.space import SearchSpace, parse_space
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and unknown keys fail."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class BaseModelSection(Section):
+    """The model to fine-tune."""
+
+    name: str
+    """Hub id, local directory in transformers' format, or path of a GGUF file."""
+
+    revision: str | None = None
+    """Hub branch, tag or commit."""
+
+    quantization: Literal["nf4", "none"] = "nf4"
+    """`nf4` loads the base in 4 bit through bitsandbytes (QLoRA); `none` keeps its own precision (LoRA)."""
+
+    double_quant: bool = True
+    """Quantize the block scales too (QLoRA paper, section 3)."""
+
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type that 4-bit weights are expanded to; auto is bfloat16 on a GPU and float32 on a CPU."""
+
+    attn_implementation: str | None = None
+    """Passed to transformers, e.g. `sdpa` or `flash_attention_2`; None is transformers' choice."""
+
+    trust_remote_code: bool = False
+    """Run model code that the Hub repository carries."""
+
+
+class DataSection(Section):
+    """The rows to train, validate and test on."""
+
+    train: str
+    """JSONL, JSON, CSV or Parquet file, or a Hub data set id."""
+
+    validation: str | None = None
+    """Like `train`; None splits it off `train`. The search minimises the loss on it."""
+
+    heldout: str | None = None
+    """Like `train`; None splits it off `train`. Only the final check reads it."""
+
+    subset: str | None = None
+    """Configuration name of a Hub data set."""
+
+    split: str = "train"
+    """Split of a Hub data set."""
+
+    layout: Literal["auto", "text", "prompt-completion", "messages", "conversations", "alpaca"] = "auto"
+    """Column layout; auto tells it from the first row's columns."""
+
+    chat_template: str | None = None
+    """`chatml`, or a Jinja file; needed for conversations where the tokenizer has no chat template."""
+
+    completion_only_loss: bool = True
+    """Train on completions (assistant turns) only, where the layout tells them apart."""
+
+    validation_size: float | int = Field(0.1, gt=0)
+    """Rows to split off for validation: a share below 1, or a count."""
+
+    heldout_size: float | int = Field(0.1, gt=0)
+    """Rows to split off as held-out: a share below 1, or a count."""
+
+    max_train_rows: PositiveInt | None = None
+    """Use at most so many training rows, drawn by `seed`."""
+
+    max_validation_rows: PositiveInt | None = None
+    """Use at most so many validation rows, drawn by `seed`."""
+
+    max_heldout_rows: PositiveInt | None = None
+    """Use at most so many held-out rows, drawn by `seed`."""
+
+    max_length: int = Field(1024, ge=8)
+    """Longest row in tokens."""
+
+    long_rows: Literal["truncate", "drop"] = "truncate"
+    """What happens to rows over `max_length`."""
+
+    overlap: Literal["error", "drop"] = "error"
+    """What happens to training rows whose prompt also stands in the validation or held-out file."""
+
+    seed: int = 0
+    """Seed of the split."""
+
+
+class TrainingSection(Section):
+    """How each trial trains. The space may vary the values under "also searchable"."""
+
+    max_steps: PositiveInt | None = None
+    """Full budget of a trial in optimizer steps; None derives it from `num_train_epochs`."""
+
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Full budget in passes over the training rows, where `max_steps` is None."""
+
+    optim: str = "adamw_torch"
+    """Optimizer by its name in transformers; `paged_adamw_32bit` needs a GPU and falls back to `adamw_torch`."""
+
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradient clipping norm; 0 turns it off."""
+
+    group_by_length: bool = False
+    """Batch rows of like length together."""
+
+    gradient_checkpointing: bool = False
+    """Trade about a third more compute for far less activation memory."""
+
+    per_device_eval_batch_size: PositiveInt = 8
+    """Rows per validation batch; changes speed and memory, not the loss."""
+
+    # Also searchable: defaults for parameters that the space does not name.
+
+    target_modules: str | list[str] = "all-linear"
+    """Modules to adapt: `all-linear`, `attention`, `mlp`, or names."""
+
+    use_rslora: bool = False
+    """Scale by alpha/sqrt(r) instead of alpha/r (arXiv:2312.03732)."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    """Share of the full budget spent raising the learning rate from 0."""
+
+    lr_scheduler_type: str = "constant_with_warmup"
+    """Learning rate schedule by its name in transformers."""
+
+    per_device_train_batch_size: PositiveInt = 4
+    """Rows per forward pass."""
+
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward passes per optimizer step."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of adapter initialisation, dropout and row order."""
+
+
+class SearchSection(Section):
+    """How assignments are proposed, stopped and placed."""
+
+    n_trials: PositiveInt | None = None
+    """Total number of trials; None is 16, or every point of the space with `sampler: grid`."""
+
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """Optuna's TPE, uniform random, or every combination of a space of choices."""
+
+    scheduler: Literal["asha", "none"] = "asha"
+    """`asha` stops weak trials at rungs (arXiv:1810.05934); `none` trains all to the end."""
+
+    grace_period: PositiveInt | None = None
+    """First rung in optimizer steps; None is `max_steps / reduction_factor**2`."""
+
+    reduction_factor: int = Field(3, ge=2)
+    """Keep one of so many at each rung."""
+
+    seed: int = 0
+    """Seed of the sampler."""
+
+    lanes: PositiveInt | None = None
+    """Trials that train at once, each on a GPU of its own; None is one per GPU, or one on a CPU."""
+
+    max_initial_failures: PositiveInt = 3
+    """Give up when the first so many trials all fail."""
+
+    time_budget_minutes: float | None = Field(None, gt=0)
+    """Propose no new trial after so many minutes."""
+
+
+class MergeSection(Section):
+    """What the best adapter is merged into."""
+
+    formats: list[Literal["nf4", "bf16"]] = ["nf4"]
+    """Model directories to write: `nf4` stays 4-bit, `bf16` is four times the size and exact to rounding."""
+
+
+class EvaluationSection(Section):
+    """The held-out generation check of base, adapter and merged model."""
+
+    max_new_tokens: PositiveInt = 128
+    """Longest answer in tokens."""
+
+    batch_size: PositiveInt = 8
+    """Prompts generated at once."""
+
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the answer to compare as a number, e.g. `#### (.+)` for GSM8K."""
+
+    n_samples: int = Field(5, ge=0)
+    """Answers shown side by side in the report."""
+
+
+class SearchConfig(Section):
+    """Everything that one search needs."""
+
+    base_model: BaseModelSection
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    space: dict[str, Any]
+    """Parameter name -> a value, or one of choice, uniform, loguniform, int, logint (see search_spaces/README.md)."""
+
+    starting_points: list[dict[str, Any]] = []
+    """Assignments to try first; parameters left out are sampled."""
+
+    search: SearchSection = SearchSection()
+    merge: MergeSection = MergeSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`cuda` demands a GPU for each lane; auto uses GPUs where there are any."""
+
+    cache_dir: str | None = None
+    """Where tokens and quantized bases are kept; None is `.cache` beside the run directory."""
+
+    @model_validator(mode="after")
+    def _space_is_consistent(self) -> Self:
+        space = self.search_space()
+        if self.search.sampler == "grid":
+            space.grid()
+        for number, point in enumerate(self.starting_points, 1):
+            space.to_optuna(point, where=f"starting point {number}")
+        return self
+
+    def search_space(self) -> SearchSpace:
+        """The space with every kind parsed.
+
+        Raises:
+            ConfigError: a parameter is unknown, of no known kind, or out of range.
+        """
+        return parse_space(self.space)
+
+    def n_trials(self) -> int:
+        """Total number of trials of the search."""
+        if self.search.n_trials is not None:
+            return self.search.n_trials
+        return len(self.search_space().grid()) if self.search.sampler == "grid" else 16
+
+    def rungs(self, max_steps: int) -> list[int]:
+        """Optimizer steps at which a trial evaluates and reports; the last is `max_steps`.
+
+        Source: successive halving's rungs, arXiv:1810.05934, section 3.
+        """
+        if self.search.scheduler == "none":
+            return [max_steps]
+        factor = self.search.reduction_factor
+        rung = self.search.grace_period or max(1, math.ceil(max_steps / factor**2))
+        if rung > max_steps:
+            raise ConfigError(f"search.grace_period must be at most max_steps = {max_steps}, found {rung}")
+        rungs = []
+        while rung < max_steps:
+            rungs.append(rung)
+            rung *= factor
+        return [*rungs, max_steps]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-4` as text for want of a dot; here it is the number that everyone means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> SearchConfig:
+    """Reads a search space file.
+
+    Args:
+        path: YAML file.
+        overrides: dotted key -> value as typed; values are read as YAML.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key or value breaks a rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"search space file not found: {path}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections (base_model, data, space, ...), found {type(values).__name__}")
+    for key, text in (overrides or {}).items():
+        _set(values, key, text)
+    return _with_absolute_paths(build_config(values, source=str(path)))
+
+
+def build_config(values: dict[str, Any], *, source: str) -> SearchConfig:
+    """Validates plain values, e.g. of a resolved config; `source` opens the error message."""
+    try:
+        return SearchConfig.model_validate(values)
+    except ConfigError:
+        raise
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+
+def _with_absolute_paths(config: SearchConfig) -> SearchConfig:
+    """Files as seen from here, since lanes run in other directories."""
+
+    def absolute(section: Any, *names: str) -> Any:
+        found = {name: Path(getattr(section, name) or "").expanduser() for name in names if getattr(section, name)}
+        return section.model_copy(update={name: str(path.resolve()) for name, path in found.items() if path.exists()})
+
+    return config.model_copy(
+        update={
+            "base_model": absolute(config.base_model, "name"),
+            "data": absolute(config.data, "train", "validation", "heldout", "chat_template"),
+        }
+    )
+
+
+def dump_config(config: SearchConfig) -> str:
+    """The resolved config as YAML that loads to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _set(values: dict[str, Any], key: str, text: str) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--{key}: {section} is a value, not a section")
+    try:
+        values[last] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key}: not valid YAML: {text}") from error
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error as `key = value: rule`, with the nearest key for an unknown one."""
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = list(_section(location[:-1]).model_fields)
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{key}: required, but not given"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    rule = item["msg"].replace("Input should be", "must be")
+    return f"{key} = {item['input']!r}: {rule}"
+
+
+def _section(location: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = SearchConfig
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        section = annotation
+    return section

@@ -1,0 +1,111 @@
+"""Reads, splits and tokenises the data once per search, into a cache keyed by data, tokenizer and settings."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from raylora.config import DataSection
+from raylora.data.layouts import Example
+from raylora.data.split import PARTS, Parts, read_parts
+from raylora.data.tokens import PartSummary, encode_part
+from raylora.errors import DataError
+from raylora.files import read_json, replacing, write_json
+
+FORMAT = 1
+"""Raise it when the cached form changes."""
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A token cache and what is in it."""
+
+    tokens_dir: Path
+    """Directory with one Arrow data set per part; see `load_part`."""
+
+    fingerprint: str
+    """Changes with any row, the tokenizer, or a setting that shapes tokens."""
+
+    summaries: dict[str, PartSummary]
+    """Part -> summary."""
+
+    n_overlapping: int
+    n_duplicates: int
+
+
+def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> PreparedData:
+    """Tokenises the three parts, unless the cache holds them.
+
+    Raises:
+        DataError: a source is broken, parts overlap, nothing is left to train on, or a chat template is missing.
+    """
+    parts = read_parts(data)
+    _set_chat_template(parts.train[0], data, tokenizer)
+    fingerprint = _fingerprint(parts, data, tokenizer)
+    tokens_dir = cache_dir / "tokens" / fingerprint
+    if not (tokens_dir / "summary.json").is_file():
+        with replacing(tokens_dir) as temporary:
+            _encode_parts(parts, data, tokenizer, temporary)
+    return load_prepared(tokens_dir)
+
+
+def load_prepared(tokens_dir: Path) -> PreparedData:
+    """A token cache that `prepare_data` wrote."""
+    values = read_json(tokens_dir / "summary.json")
+    summaries = {part: PartSummary(**values["parts"][part]) for part in PARTS}
+    return PreparedData(tokens_dir, tokens_dir.name, summaries, values["n_overlapping"], values["n_duplicates"])
+
+
+def _encode_parts(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    summaries = {}
+    for part in PARTS:
+        dataset, summary = encode_part(
+            getattr(parts, part),
+            tokenizer,
+            completion_only=data.completion_only_loss,
+            max_length=data.max_length,
+            long_rows=data.long_rows,
+        )
+        if not summary.rows:
+            raise DataError(
+                f"{part}: no row is left after data.max_length = {data.max_length} with data.long_rows = "
+                f"{data.long_rows}; the median row has {summary.length_p50} tokens"
+            )
+        dataset.save_to_disk(str(directory / part))
+        summaries[part] = dataclasses.asdict(summary)
+    values = {"parts": summaries, "n_overlapping": parts.n_overlapping, "n_duplicates": parts.n_duplicates}
+    write_json(directory / "summary.json", values)
+
+
+def _set_chat_template(example: Example, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    if data.chat_template is not None:
+        path = Path(data.chat_template)
+        if data.chat_template != "chatml" and not path.is_file():
+            raise DataError(f"data.chat_template must be `chatml` or a Jinja file, found {data.chat_template}")
+        tokenizer.chat_template = CHATML if data.chat_template == "chatml" else path.read_text(encoding="utf-8")
+    if not isinstance(example.prompt, str) and not tokenizer.chat_template:
+        raise DataError(
+            "conversations need a chat template, and the tokenizer has none; "
+            "set data.chat_template to `chatml` or to a Jinja file"
+        )
+
+
+def _fingerprint(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.sha256()
+    shaping = (FORMAT, data.completion_only_loss, data.max_length, data.long_rows, tokenizer.chat_template)
+    digest.update(json.dumps(shaping).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update((backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode())
+    digest.update(repr((tokenizer.bos_token, tokenizer.eos_token)).encode())
+    for part in PARTS:
+        for example in getattr(parts, part):
+            digest.update(repr(example).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,91 @@
+"""Reads a JSONL, JSON, CSV or Parquet file, or a Hub data set, into plain rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.csv
+import pyarrow.parquet
+
+from raylora.errors import DataError
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def read_rows(source: str, *, subset: str | None = None, split: str = "train") -> list[Row]:
+    """All rows of one source.
+
+    Args:
+        source: path of a file, or a Hub data set id.
+        subset: configuration name of a Hub data set.
+        split: split of a Hub data set.
+
+    Raises:
+        DataError: the source is missing, empty, broken (with the line), or of no known format.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        rows = _read_file(path)
+    elif path.suffix.lower() in SUFFIXES or path.is_dir() or source.count("/") > 1:
+        raise DataError(f"data file not found: {source}")
+    else:
+        rows = _read_hub(source, subset, split)
+    if not rows:
+        raise DataError(f"{source} holds no rows")
+    return rows
+
+
+def _read_file(path: Path) -> list[Row]:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: must end in {', '.join(SUFFIXES)}, found {suffix or 'no suffix'}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty")
+    try:
+        if suffix == ".csv":
+            return pyarrow.csv.read_csv(path).to_pylist()
+        if suffix == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not a readable {suffix[1:]} file: {error}") from error
+    return _read_jsonl(path) if suffix == ".jsonl" else _read_json(path)
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                rows.append(_parse(line, f"{path}:{number}"))
+                if not isinstance(rows[-1], dict):
+                    raise DataError(f"{path}:{number}: must be a JSON object, found {line.strip()[:60]}")
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    rows = _parse(path.read_text(encoding="utf-8-sig"), str(path))
+    if isinstance(rows, dict) and len(rows) == 1:
+        (rows,) = rows.values()
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: must be a JSON array of objects")
+    return rows
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}: {text.strip()[:60]}") from error
+
+
+def _read_hub(name: str, subset: str | None, split: str) -> list[Row]:
+    try:
+        return datasets.load_dataset(name, subset, split=split).to_list()
+    except (OSError, ValueError) as error:  # huggingface_hub's and datasets' errors derive from these
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{name} is neither a file here nor a Hub data set that can be loaded: {reason}; "
+            "check the name, the network, and `hf auth login` for a gated one"
+        ) from error

@@ -1,0 +1,100 @@
+"""Splits examples by prompt into disjoint train, validation and held-out parts."""
+
+import hashlib
+from dataclasses import dataclass
+
+from raylora.config import DataSection
+from raylora.data.layouts import Example, to_examples
+from raylora.data.read import read_rows
+from raylora.errors import DataError
+
+PARTS = ("train", "validation", "heldout")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Three lists of examples that share no prompt."""
+
+    train: list[Example]
+    validation: list[Example]
+    heldout: list[Example]
+    n_overlapping: int
+    """Training rows left out because their prompt stands in a given validation or held-out file."""
+
+    n_duplicates: int
+    """Training rows that repeat another one word for word; they are kept."""
+
+
+def read_parts(data: DataSection) -> Parts:
+    """Reads the sources that `data` names and splits off what it does not name.
+
+    Raises:
+        DataError: a source is broken, parts overlap, or there are too few prompts to split.
+    """
+    given = {part: _read(data, part) for part in PARTS if getattr(data, part) is not None}
+    train, n_overlapping = _without_overlap(given, data)
+    heldout = given.get("heldout")
+    validation = given.get("validation")
+    if heldout is None:
+        heldout, train = _split_off(train, data.heldout_size, data, "heldout")
+    if validation is None:
+        validation, train = _split_off(train, data.validation_size, data, "validation")
+    parts = {"train": train, "validation": validation, "heldout": heldout}
+    for part, examples in parts.items():
+        limit = getattr(data, f"max_{part}_rows")
+        parts[part] = sorted(examples, key=lambda one: _order(repr(one), data.seed))[:limit] if limit else examples
+    return Parts(
+        **parts, n_overlapping=n_overlapping, n_duplicates=len(parts["train"]) - len(set(map(repr, parts["train"])))
+    )
+
+
+def _read(data: DataSection, part: str) -> list[Example]:
+    source = getattr(data, part)
+    return to_examples(read_rows(source, subset=data.subset, split=data.split), data.layout, source=source)
+
+
+def _without_overlap(given: dict[str, list[Example]], data: DataSection) -> tuple[list[Example], int]:
+    """Training examples whose prompt stands in no other given part; an overlap is an error unless it may be dropped."""
+    if "validation" in given and "heldout" in given:
+        both = {one.key() for one in given["validation"]} & {one.key() for one in given["heldout"]}
+        if both:
+            raise DataError(
+                f"{data.validation} and {data.heldout} must share no prompt, found {len(both)}, e.g. {min(both)[:80]}"
+            )
+    train = given["train"]
+    for part in ("validation", "heldout"):
+        others = {one.key() for one in given.get(part, [])}
+        overlapping = [one for one in train if one.key() in others]
+        if overlapping and data.overlap == "error":
+            raise DataError(
+                f"{data.train} and {getattr(data, part)} must share no prompt, found {len(overlapping)} training rows, "
+                f"e.g. {overlapping[0].key()[:80]}; `data.overlap: drop` leaves them out of training"
+            )
+        train = [one for one in train if one.key() not in others]
+    return train, len(given["train"]) - len(train)
+
+
+def _split_off(
+    examples: list[Example], size: float, data: DataSection, part: str
+) -> tuple[list[Example], list[Example]]:
+    """Whole prompts, in an order that depends on the seed alone, until `size` rows are reached."""
+    target = size if size >= 1 else max(1, round(size * len(examples)))
+    groups: dict[str, list[int]] = {}
+    for index, one in enumerate(examples):
+        groups.setdefault(one.key(), []).append(index)
+    taken: set[int] = set()
+    for key in sorted(groups, key=lambda key: _order(key, data.seed)):
+        if len(taken) >= target:
+            break
+        taken.update(groups[key])
+    if len(taken) >= len(examples):
+        raise DataError(
+            f"{data.train}: cannot split off {target} {part} rows from {len(examples)} rows with {len(groups)} different "
+            f"prompts; give more rows, or lower data.{part}_size"
+        )
+    chosen = [one for index, one in enumerate(examples) if index in taken]
+    return chosen, [one for index, one in enumerate(examples) if index not in taken]
+
+
+def _order(key: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{key}".encode()).digest()

@@ -1,0 +1,50 @@
+"""Validation loss per token, the one figure that searches minimise and merges are judged by."""
+
+from collections.abc import Iterator
+
+import datasets
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from raylora.data.tokens import IGNORE
+
+
+def eval_loss(model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int, pad_token_id: int) -> float:
+    """Mean cross entropy over all tokens that bear loss, in nats.
+
+    Trainer's own `eval_loss` averages batch means, so it changes with the batch size; this one does not.
+
+    Args:
+        model: causal language model, on any device.
+        part: columns `input_ids` and `labels`.
+        batch_size: rows per forward pass.
+        pad_token_id: fills short rows on the right, where causal attention cannot see it.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for input_ids, labels in _batches(part, batch_size, pad_token_id):
+        with torch.inference_mode():
+            logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits[:, :-1].float()
+            targets = labels[:, 1:].to(logits.device)
+            total += float(cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"))
+        count += int((targets != IGNORE).sum())
+    model.train(was_training)
+    return total / max(1, count)
+
+
+def _batches(part: datasets.Dataset, batch_size: int, pad_token_id: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of like length together, (rows, longest) each; padding in labels is IGNORE."""
+    rows = part.select_columns(["input_ids", "labels"])
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        batch = [rows[index] for index in order[start : start + batch_size]]
+        yield (
+            _padded([row["input_ids"] for row in batch], pad_token_id),
+            _padded([row["labels"] for row in batch], IGNORE),
+        )
+
+
+def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)

@@ -1,0 +1,153 @@
+"""Works out what a search will do before it starts: data, budget, lanes and memory."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import torch
+import yaml
+
+from raylora.base_model import (
+    compute_dtype,
+    find_checkpoint,
+    is_quantized,
+    linear_shapes,
+    load_model_config,
+    load_tokenizer,
+    resolve_target_modules,
+)
+from raylora.config import SearchConfig
+from raylora.data import PreparedData, prepare_data
+from raylora.errors import DeviceError
+from raylora.memory import MemoryEstimate, adapter_parameters, estimate_memory
+from raylora.run_directory import RunDirectory
+from raylora.space import Cases, Choice, Fixed, Kind, Range
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What the machine or cluster has, or can grow to."""
+
+    n_gpus: int
+    n_cpus: int
+    where: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search ready to start."""
+
+    data: PreparedData
+    checkpoint: str
+    commit: str | None
+    rungs: list[int]
+    on_gpu: bool
+    n_lanes: int
+    threads: int
+    memory: MemoryEstimate
+    """Of the largest trial that the space allows."""
+
+
+def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan:
+    """Checks model, data, modules and devices, and prepares the token cache.
+
+    Raises:
+        RayloraError: whatever would keep the search from running.
+    """
+    on_gpu, n_lanes = plan_lanes(config, devices)
+    cache_dir = run.cache(config)
+    checkpoint = find_checkpoint(config.base_model, cache_dir)
+    model_config = load_model_config(config.base_model, checkpoint)
+    shapes = linear_shapes(model_config, trust_remote_code=config.base_model.trust_remote_code)
+    targets = [resolve_target_modules(target, list(shapes)) for target in _possible(config, "target_modules")]
+    tokenizer = load_tokenizer(config.base_model, checkpoint)
+    data = prepare_data(config.data, tokenizer, cache_dir)
+    device = "cuda:0" if on_gpu else "cpu"
+    r = max(_possible(config, "r"))
+    memory = estimate_memory(
+        model_config,
+        shapes,
+        n_adapter_parameters=max(adapter_parameters(shapes, names, r) for names in targets),
+        rows=max(_possible(config, "per_device_train_batch_size")),
+        length=min(config.data.max_length, max(part.length_max for part in data.summaries.values())),
+        dtype_bytes=compute_dtype(config.base_model, device).itemsize,
+        nf4=config.base_model.quantization == "nf4" or is_quantized(model_config),
+        double_quant=config.base_model.double_quant,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
+    return Plan(
+        data=data,
+        checkpoint=checkpoint,
+        commit=getattr(model_config, "_commit_hash", None),
+        rungs=config.rungs(max_steps(config, data)),
+        on_gpu=on_gpu,
+        n_lanes=n_lanes,
+        threads=max(1, devices.n_cpus // n_lanes),
+        memory=memory,
+    )
+
+
+def plan_lanes(config: SearchConfig, devices: Devices) -> tuple[bool, int]:
+    """Whether lanes use GPUs, and how many lanes there are.
+
+    Raises:
+        DeviceError: a GPU is demanded and there is none, or there are more lanes than devices.
+    """
+    if config.device == "cuda" and not devices.n_gpus:
+        raise DeviceError(f"device is cuda, and {devices.where} has no GPU; `raylora doctor` says what torch sees")
+    on_gpu = config.device != "cpu" and devices.n_gpus > 0
+    wanted = config.search.lanes
+    kind, available = ("GPU", devices.n_gpus) if on_gpu else ("CPU core", devices.n_cpus)
+    if wanted is not None and wanted > available:
+        raise DeviceError(f"search.lanes must be at most the {available} {kind}s of {devices.where}, found {wanted}")
+    default = devices.n_gpus if on_gpu else 1
+    return on_gpu, min(wanted or default, config.n_trials())
+
+
+def max_steps(config: SearchConfig, data: PreparedData) -> int:
+    """Full budget of a trial in optimizer steps."""
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps
+    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return math.ceil(training.num_train_epochs * data.summaries["train"].rows / rows_per_step)
+
+
+def local_devices() -> Devices:
+    """This machine's."""
+    return Devices(torch.cuda.device_count(), len(os.sched_getaffinity(0)), "this machine")
+
+
+def cluster_devices() -> Devices:
+    """The connected cluster's, counting GPU nodes that its autoscaler may still add."""
+    resources = ray.cluster_resources()
+    n_gpus = max(int(resources.get("GPU", 0)), _autoscaled_gpus(Path("~/ray_bootstrap_config.yaml").expanduser()))
+    return Devices(n_gpus, int(resources.get("CPU", 1)), "the cluster")
+
+
+def _autoscaled_gpus(bootstrap_file: Path) -> int:
+    """GPUs at full size, from the file that `ray up` leaves on the head node; 0 where there is none."""
+    if not bootstrap_file.is_file():
+        return 0
+    types = yaml.safe_load(bootstrap_file.read_text(encoding="utf-8")).get("available_node_types", {})
+    return sum(int(node.get("resources", {}).get("GPU", 0)) * node.get("max_workers", 0) for node in types.values())
+
+
+def _possible(config: SearchConfig, name: str) -> list:
+    """Extreme values that a parameter can take in this search."""
+    kinds = config.search_space().kinds
+    if name not in kinds:
+        value = getattr(config.training, name)
+        return [",".join(value) if isinstance(value, list) else value]
+    return _corners(kinds[name], kinds)
+
+
+def _corners(kind: Kind, kinds: dict[str, Kind]) -> list:
+    if isinstance(kind, Cases):
+        return [value for _, case in kind.cases for value in _corners(case, kinds)]
+    assert isinstance(kind, Fixed | Choice | Range)
+    if kind.times is None:
+        return kind.corners()
+    return [value * other for value in kind.corners() for other in _corners(kinds[kind.times], kinds)]

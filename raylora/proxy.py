@@ -1,0 +1,33 @@
+"""Tune's view of a trial: a light actor that asks the broker for the trial's reports."""
+
+from typing import Any
+
+import ray
+from ray import tune
+from ray.actor import ActorHandle
+
+
+class TrialProxy(tune.Trainable):
+    """Reused from trial to trial. A failed trial ends with a result that says so: an error would cost the actor."""
+
+    def setup(self, config: dict[str, Any], broker: ActorHandle, max_steps: int) -> None:
+        self._broker, self._max_steps = broker, max_steps
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._config, self._submitted = new_config, False
+        return True
+
+    def step(self) -> dict[str, Any]:
+        number = self._config["number"]
+        if not self._submitted:
+            ray.get(self._broker.submit.remote(number, self._config["assignment"], self._config["resume_from"]))
+            self._submitted = True
+        report = ray.get(self._broker.next_report.remote(number))
+        return {**report, "done": report.get("step", self._max_steps) >= self._max_steps}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing to save: the lane keeps checkpoints in the run directory."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing to load."""

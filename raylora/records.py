@@ -1,0 +1,237 @@
+"""Keeps the table of trials and the table of reports as Parquet files, whole after every change."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from raylora.files import replacing, write_text
+from raylora.run_directory import RunDirectory
+from raylora.space import Assignment
+
+STATES = ("running", "finished", "stopped", "failed")
+TIMES = ("train_seconds", "eval_seconds", "other_seconds")
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """One report of one trial; `raylora.training.Report` says what the figures mean."""
+
+    number: int
+    step: int
+    epoch: float
+    eval_loss: float
+    train_loss: float
+    tokens_seen: int
+    train_seconds: float
+    eval_seconds: float
+    other_seconds: float
+    peak_memory_mib: float
+    trainable_parameters: int
+    checkpoint: str
+    reported_at: float
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial as it stands."""
+
+    number: int
+    state: str
+    reason: str | None
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    learning_rate: float
+    target_modules: str
+    use_rslora: bool
+    weight_decay: float
+    warmup_ratio: float
+    lr_scheduler_type: str
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    seed: int
+    step: int
+    max_steps: int
+    eval_loss: float | None
+    train_loss: float | None
+    trainable_parameters: int | None
+    peak_memory_mib: float | None
+    tokens_per_second: float | None
+    train_seconds: float | None
+    eval_seconds: float | None
+    other_seconds: float | None
+    wall_seconds: float | None
+    lane: str | None
+    checkpoint: str | None
+    started_at: float
+    ended_at: float | None
+
+    def assignment(self) -> Assignment:
+        """The trial's hyperparameters."""
+        return Assignment(**{name: getattr(self, name) for name in Assignment.model_fields})
+
+
+class Records:
+    """The two tables of one run, in memory and on disk."""
+
+    def __init__(self, run: RunDirectory, clock: Callable[[], float] = time.time) -> None:
+        self._run, self._clock = run, clock
+        self.trials: dict[int, TrialRow] = {}
+        self.history: list[HistoryRow] = []
+
+    @classmethod
+    def load(cls, run: RunDirectory) -> "Records":
+        """The tables as they stand on disk; empty where nothing is written yet."""
+        records = cls(run)
+        if run.trials_file.is_file():
+            records.trials = {
+                row["number"]: TrialRow(**row) for row in pa.parquet.read_table(run.trials_file).to_pylist()
+            }
+        if run.history_file.is_file():
+            records.history = [HistoryRow(**row) for row in pa.parquet.read_table(run.history_file).to_pylist()]
+        return records
+
+    def started(self, number: int, assignment: Assignment, max_steps: int) -> None:
+        """A trial begins, or goes on after a resumed search."""
+        if number not in self.trials:
+            unknown = dict.fromkeys(field.name for field in fields(TrialRow))
+            known = {
+                "number": number,
+                "state": "running",
+                "step": 0,
+                "max_steps": max_steps,
+                "started_at": self._clock(),
+            }
+            self.trials[number] = TrialRow(**{**unknown, **assignment.model_dump(), **known})
+        self._save()
+
+    def reported(self, number: int, report: dict[str, Any]) -> None:
+        """A trial reached a rung. The report's times count from the last report; the tables' from the trial's start."""
+        before = self.trials[number]
+        times = {name: report[name] + (getattr(before, name) or 0.0) for name in TIMES}
+        values = {**report, **times, "number": number, "reported_at": self._clock()}
+        self.history.append(HistoryRow(**{field.name: values[field.name] for field in fields(HistoryRow)}))
+        known = {field.name: values[field.name] for field in fields(TrialRow) if field.name in values}
+        self.trials[number] = replace(before, **known, tokens_per_second=values["tokens_seen"] / times["train_seconds"])
+        self._save()
+
+    def ended(self, number: int, state: str, reason: str | None = None) -> None:
+        """A trial is finished, stopped or failed."""
+        assert state in STATES
+        now = self._clock()
+        trial = self.trials[number]
+        self.trials[number] = replace(
+            trial, state=state, reason=reason, ended_at=now, wall_seconds=now - trial.started_at
+        )
+        self._save()
+
+    def best(self) -> TrialRow | None:
+        """The trial of lowest validation loss among those that reached the full budget."""
+        finished = [
+            trial for trial in self.trials.values() if trial.state == "finished" and trial.eval_loss is not None
+        ]
+        return min(finished, key=lambda trial: trial.eval_loss, default=None)  # type: ignore[arg-type,return-value]
+
+    def count(self, state: str) -> int:
+        """Trials in one state."""
+        return sum(trial.state == state for trial in self.trials.values())
+
+    def _save(self) -> None:
+        write_table(self._run.trials_file, [asdict(trial) for trial in self.trials.values()], TRIALS_SCHEMA)
+        write_table(self._run.history_file, [asdict(row) for row in self.history], HISTORY_SCHEMA)
+
+
+def rank_vs_loss(trials: list[TrialRow], history: list[HistoryRow]) -> list[dict[str, Any]]:
+    """One row per r: counts, and the validation loss at equal steps.
+
+    Losses are compared at the full budget among finished trials, and at the first rung among all that reached it.
+    """
+    first_rung = min((row.step for row in history), default=0)
+    at_first = {row.number: row.eval_loss for row in history if row.step == first_rung}
+    rows = []
+    for r in sorted({trial.r for trial in trials}):
+        mine = [trial for trial in trials if trial.r == r]
+        final = [trial.eval_loss for trial in mine if trial.state == "finished" and trial.eval_loss is not None]
+        first = [at_first[trial.number] for trial in mine if trial.number in at_first]
+        rows.append(
+            {
+                "r": r,
+                "n": len(mine),
+                **{f"n_{state}": sum(trial.state == state for trial in mine) for state in STATES[1:]},
+                "max_steps": mine[0].max_steps,
+                "eval_loss_best": min(final, default=None),
+                "eval_loss_median": statistics.median(final) if final else None,
+                "eval_loss_spread": max(final) - min(final) if final else None,
+                "first_rung_step": first_rung,
+                "first_rung_eval_loss_best": min(first, default=None),
+                "first_rung_eval_loss_median": statistics.median(first) if first else None,
+                "trainable_parameters": _median([trial.trainable_parameters for trial in mine]),
+                "peak_memory_mib": max(
+                    (trial.peak_memory_mib for trial in mine if trial.peak_memory_mib), default=None
+                ),
+                "tokens_per_second": _median([trial.tokens_per_second for trial in mine]),
+            }
+        )
+    return rows
+
+
+def write_rank_vs_loss(run: RunDirectory, rows: list[dict[str, Any]]) -> None:
+    """Writes the table as Parquet, CSV and Markdown."""
+    write_table(run.path / "rank_vs_loss.parquet", rows, RANK_SCHEMA)
+    with replacing(run.path / "rank_vs_loss.csv") as temporary:
+        pa.csv.write_csv(pa.Table.from_pylist(rows, schema=RANK_SCHEMA), temporary)
+    write_text(run.path / "rank_vs_loss.md", markdown_table(rows))
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """A GitHub table; numbers to four significant digits."""
+    if not rows:
+        return "(no rows)\n"
+    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
+    lines += [" | ".join(cell(value) for value in row.values()) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """One value as a table shows it."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """Writes rows as one Parquet file, at once."""
+    with replacing(path) as temporary:
+        pa.parquet.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+
+
+def _median(values: list[Any]) -> Any:
+    present = [value for value in values if value is not None]
+    return statistics.median_low(present) if present else None
+
+
+def _schema(row_type: type) -> pa.Schema:
+    """Arrow types from the annotations of a row class."""
+    types = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "bool": pa.bool_()}
+    names = {field.name: str(getattr(field.type, "__name__", field.type)) for field in fields(row_type)}
+    return pa.schema([(name, types[annotation.removesuffix(" | None")]) for name, annotation in names.items()])
+
+
+TRIALS_SCHEMA = _schema(TrialRow)
+HISTORY_SCHEMA = _schema(HistoryRow)
+RANK_SCHEMA = pa.schema(
+    [(name, pa.int64()) for name in ("r", "n", "n_finished", "n_stopped", "n_failed", "max_steps")]
+    + [(f"eval_loss_{name}", pa.float64()) for name in ("best", "median", "spread")]
+    + [("first_rung_step", pa.int64())]
+    + [(f"first_rung_eval_loss_{name}", pa.float64()) for name in ("best", "median")]
+    + [("trainable_parameters", pa.int64()), ("peak_memory_mib", pa.float64()), ("tokens_per_second", pa.float64())]
+)

@@ -1,0 +1,122 @@
+"""Turns a run directory into tables of rank against loss and one readable report.
+
+Run as `python -m raylora.report RUN_DIRECTORY`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from raylora.commands import command, console, run_command
+from raylora.evaluate import evaluation_table, show_evaluation
+from raylora.files import read_json, write_text
+from raylora.merge import merge_table, show_merge
+from raylora.records import Records, TrialRow, markdown_table, rank_vs_loss, write_rank_vs_loss
+from raylora.run_directory import RunDirectory
+
+
+@command
+def report(run_directory: Annotated[Path, typer.Argument(help="Folder of a search.")]) -> None:
+    """Write rank_vs_loss and report.md from what the run directory holds, and print the tables."""
+    run = RunDirectory(run_directory)
+    write_report(run)
+    summarize(run, console())
+
+
+def write_report(run: RunDirectory) -> None:
+    """Writes `rank_vs_loss.*` and `report.md`; parts whose step has not run yet say so."""
+    config, provenance, records = run.config(), run.provenance(), Records.load(run)
+    trials = sorted(records.trials.values(), key=_by_loss)
+    ranks = rank_vs_loss(trials, records.history)
+    write_rank_vs_loss(run, ranks)
+    best = records.best()
+    data = [{"part": part, **values} for part, values in provenance["data"].items()]
+    sections = [
+        f"# {run.path.name}: {config.base_model.name} on {config.data.train}",
+        f"{len(trials)} trials: {_counts(records)}. Budget {provenance['rungs'][-1]} steps, validated at steps "
+        f"{', '.join(map(str, provenance['rungs']))}. Losses are nats per token.",
+        f"## Best trial\n\n{_best(best)}",
+        f"## Held-out check\n\n{_evaluation(run)}",
+        f"## Merge\n\n{_merge(run)}",
+        f"## Rank against loss\n\nFinal losses are of finished trials only, all at {provenance['rungs'][-1]} steps.\n\n"
+        + markdown_table(ranks),
+        "## Trials\n\nA stopped trial's loss is that of its last step, and comparable to no finished one.\n\n"
+        + markdown_table([_trial(trial) for trial in trials]),
+        f"## Data\n\nfingerprint {provenance['data_fingerprint']}\n\n{markdown_table(data)}",
+        "## Provenance\n\n"
+        + markdown_table([{"what": key, "value": provenance[key]} for key in _PROVENANCE])
+        + "\n"
+        + ", ".join(f"{name} {version}" for name, version in provenance["packages"].items()),
+    ]
+    write_text(run.report_file, "\n\n".join(sections) + "\n")
+
+
+_PROVENANCE = (
+    "started",
+    "command",
+    "git_commit",
+    "base_model",
+    "base_model_commit",
+    "python",
+    "platform",
+    "n_lanes",
+    "seed",
+)
+
+
+def summarize(run: RunDirectory, screen: Console) -> None:
+    """Prints the tables that a user looks at first, and where everything is."""
+    screen.print(f"\nrank against loss:\n\n{(run.path / 'rank_vs_loss.md').read_text(encoding='utf-8')}")
+    if run.merge_file.is_file():
+        show_merge(read_json(run.merge_file), screen)
+    if run.evaluation_file.is_file():
+        show_evaluation(read_json(run.evaluation_file), screen)
+    screen.print(f"\nreport: {run.report_file}")
+
+
+def _by_loss(trial: TrialRow) -> tuple[bool, bool, float]:
+    return trial.state != "finished", trial.state == "failed", trial.eval_loss if trial.eval_loss is not None else 0.0
+
+
+def _counts(records: Records) -> str:
+    return ", ".join(f"{records.count(state)} {state}" for state in ("finished", "stopped", "failed", "running"))
+
+
+def _best(best: TrialRow | None) -> str:
+    if best is None:
+        return "No trial reached the full budget."
+    settings = [{"parameter": name, "value": value} for name, value in best.assignment().model_dump().items()]
+    return (
+        f"Trial {best.number}, validation loss {best.eval_loss:.4f} at step {best.step}.\n\n{markdown_table(settings)}"
+    )
+
+
+def _trial(trial: TrialRow) -> dict[str, Any]:
+    shown = ("number", "state", "step", "eval_loss", "train_loss", "r", "lora_alpha", "lora_dropout", "learning_rate")
+    return {name: getattr(trial, name) for name in (*shown, "tokens_per_second", "peak_memory_mib", "reason")}
+
+
+def _merge(run: RunDirectory) -> str:
+    if not run.merge_file.is_file():
+        return f"Not merged yet: `python -m raylora.merge {run.path}`"
+    result = read_json(run.merge_file)
+    sizes = ", ".join(f"{form} {size:.0f} MiB" for form, size in result["size_mib"].items())
+    return f"By {result['strategy']}. Validation loss:\n\n{merge_table(result)}\nOn disk: {sizes}."
+
+
+def _evaluation(run: RunDirectory) -> str:
+    if not run.evaluation_file.is_file():
+        return f"Not evaluated yet: `python -m raylora.evaluate {run.path}`"
+    result = read_json(run.evaluation_file)
+    agreements = [{"model": name, **shares} for name, shares in result["agreement_with_adapter"].items()]
+    return (
+        f"{result['n_rows']} rows, {result['n_prompts']} prompts, greedy.\n\n{evaluation_table(result)}\n"
+        f"Agreement with the adapter's answers:\n\n{markdown_table(agreements)}\n"
+        f"Samples:\n\n{markdown_table(result['samples'])}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(report)

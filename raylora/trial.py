@@ -1,0 +1,52 @@
+"""Trains one assignment in this process, without Ray: the debugger's way into training.
+
+Run as `python -m raylora.trial SPACE.yaml [--output DIR] [--section.key value ...]`.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from raylora.commands import command, console, parse_overrides, run_command
+from raylora.config import load_config
+from raylora.plan import local_devices, make_plan
+from raylora.run_directory import open_run
+from raylora.study import Study
+from raylora.training import Report, TrlEngine
+
+
+@command
+def trial(
+    context: typer.Context,
+    space: Annotated[Path, typer.Argument(help="Search space file.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for checkpoints. [default: results/trial-NAME]")] = None,
+    resume_from: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+) -> None:
+    """Train the first assignment of a search; fix it with e.g. --space.r 8 --space.learning_rate 2e-4."""
+    config = load_config(space, parse_overrides(context.args))
+    screen = console()
+    run = open_run(output or Path("results") / f"trial-{space.stem}", config, resume=resume_from is not None)
+    plan = make_plan(config, run, local_devices())
+    torch.set_num_threads(plan.threads)
+    number, assignment = Study(config).ask()
+    screen.print(f"assignment: {assignment}")
+    device = "cuda:0" if plan.on_gpu else "cpu"
+    engine = TrlEngine.load(config, tokens_dir=plan.data.tokens_dir, cache_dir=run.cache(config), device=device)
+
+    def show(report: Report) -> bool:
+        screen.print(str(report))
+        return False
+
+    engine.fit(
+        assignment,
+        rungs=plan.rungs,
+        directory=run.trial(number),
+        report=show,
+        resume_from=str(resume_from) if resume_from else None,
+    )
+
+
+if __name__ == "__main__":
+    run_command(trial, overrides=True)
