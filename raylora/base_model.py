@@ -1,8 +1,9 @@
 """Turns a Hub id, a local directory or a GGUF file into a frozen base model, quantized once and cached as NF4."""
 
+import contextlib
 import hashlib
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,8 @@ def _converted_gguf(path: Path, cache_dir: Path) -> Path:
     directory = cache_dir / "gguf" / _digest(*_file_state(path))
     with FileLock(_lock(directory)):
         if not directory.is_dir():
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
+                model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             # transformers keeps the GGUF quantizer on the expanded model, and save_pretrained would call it
             del model.hf_quantizer, model.quantization_method, model.config.quantization_config
             model.is_quantized = False
@@ -238,7 +240,7 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _explained(section: BaseModelSection) -> Iterator[None]:
     """Turns the Hub's and transformers' errors into one line with the cure."""
     try:

@@ -76,7 +76,8 @@ def merge_run(run: RunDirectory) -> dict[str, Any]:
     """Merges in every form that the config asks for and writes `merge.json`.
 
     Returns:
-        `strategy`, `eval_loss` (name of the model -> validation loss in nats per token), `seconds` and `size_mib` by form.
+        `strategy`, `eval_loss` (name of the model -> validation loss in nats per token), `seconds` and `size_mib` (by
+        form).
 
     Raises:
         MergeError: a form cannot be made from this base.

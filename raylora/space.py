@@ -313,7 +313,8 @@ def _ordered(kinds: dict[str, Kind]) -> dict[str, Kind]:
 
 def _check_range(name: str, kind: Kind, kinds: dict[str, Kind]) -> None:
     """Checks the extreme values against the parameter's rule; a value between them cannot break it."""
-    adapter = TypeAdapter(Annotated[Assignment.model_fields[name].annotation, *Assignment.model_fields[name].metadata])
+    field = Assignment.model_fields[name]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
     if isinstance(kind, Cases):
         for _, case in kind.cases:
             _check_range(name, case, kinds)

@@ -127,14 +127,15 @@ class TrlEngine:
         """The base with a fresh adapter; on leaving, the bare base again, with nothing left in memory."""
         config = LoraConfig(
             r=assignment.r,
-            lora_alpha=assignment.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides
+            lora_alpha=assignment.lora_alpha,
             lora_dropout=assignment.lora_dropout,
             target_modules=resolve_target_modules(assignment.target_modules, self.module_names),
             use_rslora=assignment.use_rslora,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(self.model, config)
-        # With a name here, each checkpoint asks the Hub for that model's config (peft 0.21); the best adapter gets it back.
+        # With a name here, each checkpoint asks the Hub for that model's config (peft 0.21); the best adapter gets it
+        # back in `raylora.merge`.
         model.peft_config["default"].base_model_name_or_path = ""
         try:
             yield model

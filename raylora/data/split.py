@@ -89,8 +89,8 @@ def _split_off(
         taken.update(groups[key])
     if len(taken) >= len(examples):
         raise DataError(
-            f"{data.train}: cannot split off {target} {part} rows from {len(examples)} rows with {len(groups)} different "
-            f"prompts; give more rows, or lower data.{part}_size"
+            f"{data.train}: cannot split off {target} {part} rows from {len(examples)} rows with {len(groups)} "
+            f"different prompts; give more rows, or lower data.{part}_size"
         )
     chosen = [one for index, one in enumerate(examples) if index in taken]
     return chosen, [one for index, one in enumerate(examples) if index not in taken]

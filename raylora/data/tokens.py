@@ -5,7 +5,6 @@ Tokens and labels equal those of TRL's SFTTrainer for the same layout; `tests/te
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **optio
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return len(commonprefix([list(one), list(other)]))
+    differing = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
 
 
 def encode_part(
@@ -128,7 +128,8 @@ def encode_part(
         n_long=sum(length > max_length for length in lengths),
         n_dropped=len(examples) - len(rows),
     )
-    return datasets.Dataset.from_list(rows, features=_FEATURES), summary
+    columns = {name: [row[name] for row in rows] for name in _FEATURES}
+    return datasets.Dataset.from_dict(columns, features=_FEATURES), summary
 
 
 _IDS = datasets.List(datasets.Value("int32"))

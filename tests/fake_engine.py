@@ -1,0 +1,79 @@
+"""An engine whose losses are made up in milliseconds, to test the search around it."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from raylora.config import SearchConfig
+from raylora.space import Assignment
+from raylora.training import Report
+
+
+@dataclass(frozen=True)
+class FakeEngine:
+    """Loss falls with the learning rate and the step; some ranks misbehave.
+
+    r = 32 runs out of memory, r = 13 kills its process once at the second rung, r = 99 fails always.
+    """
+
+    directory: Path
+    step_seconds: float = 0.0
+
+    @classmethod
+    def load(cls, config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str) -> "FakeEngine":
+        return cls(cache_dir)
+
+    @classmethod
+    def load_slow(cls, config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str) -> "FakeEngine":
+        return cls(cache_dir, step_seconds=0.05)
+
+    @classmethod
+    def load_broken(cls, config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str) -> "FakeEngine":
+        raise OSError("no weights here")
+
+    def fit(
+        self,
+        assignment: Assignment,
+        *,
+        rungs: list[int],
+        directory: Path,
+        report: Callable[[Report], bool],
+        resume_from: str | None,
+    ) -> None:
+        if assignment.r == 99:
+            raise ValueError("always fails\nsecond line")
+        done = int(resume_from.rsplit("-", 1)[1]) if resume_from else 0
+        for step in range(done + 1, rungs[-1] + 1):
+            time.sleep(self.step_seconds)
+            if step not in rungs:
+                continue
+            if assignment.r == 32:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            checkpoint = directory / f"checkpoint-{step}"
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            if report(self._report(assignment, step, str(checkpoint))):
+                return
+            if assignment.r == 13 and step == rungs[1] and not (self.directory / "killed").exists():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                (self.directory / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def _report(self, assignment: Assignment, step: int, checkpoint: str) -> Report:
+        return Report(
+            step=step,
+            epoch=step / 10,
+            eval_loss=1 / (1 + 1000 * assignment.learning_rate) + 1 / step,
+            train_loss=1.0,
+            tokens_seen=10 * step,
+            train_seconds=0.1,
+            eval_seconds=0.0,
+            other_seconds=0.0,
+            peak_memory_mib=1.0,
+            trainable_parameters=assignment.r,
+            checkpoint=checkpoint,
+        )
