@@ -37,12 +37,12 @@ HOURS = ["twelve", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def when(rng: random.Random) -> tuple[str, str]:
-    """A time in words and as HH:MM, or nothing and `now`."""
+    """A time in words and as H:MM am or pm, or nothing and `now`."""
     if rng.random() < 0.3:
         return "", "now"
     hour, half, evening = rng.randrange(12), rng.random() < 0.3, rng.random() < 0.5
-    clock = f"{hour + 12 * evening:02d}:{30 if half else 0:02d}"
     suffix = "pm" if evening else "am"
+    clock = f"{hour or 12}:{30 if half else 0:02d} {suffix}"
     words = [f" at {hour or 12}{':30' if half else ''} {suffix}"]
     if half:
         words.append(f" at half past {HOURS[hour]} {suffix}")

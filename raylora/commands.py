@@ -27,7 +27,8 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         quiet_libraries()
-        signal.signal(signal.SIGTERM, _interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, which a shell's background jobs start without
+            signal.signal(number, _interrupt)
         try:
             function(*args, **kwargs)
         except RayloraError as error:

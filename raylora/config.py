@@ -235,7 +235,7 @@ class SearchConfig(Section):
         if self.search.sampler == "grid":
             space.grid()
         for number, point in enumerate(self.starting_points, 1):
-            space.to_optuna(point, where=f"starting point {number}")
+            space.to_optuna(point, where=f"starting point {number} (`--starting_points []` drops all)")
         return self
 
     def search_space(self) -> SearchSpace:

@@ -161,6 +161,7 @@ def _facts(settings: LaneSettings, seconds: float) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if settings.on_gpu else "cpu",
         "threads": settings.threads,
         "load_seconds": seconds,
+        "ready_at": time.time(),
     }
 
 

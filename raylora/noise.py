@@ -11,6 +11,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new output prints even with verbose=0 (Ray 2.60)
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is handled by `raylora.search`
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the run directory holds its own tables
     warnings.filterwarnings("ignore")
     for name in ("ray", "ray.train", "ray.tune", "transformers", "peft", "trl", "bitsandbytes", "datasets"):

@@ -1,5 +1,6 @@
 """Tune's view of a trial: a light actor that asks the broker for the trial's reports."""
 
+import math
 from typing import Any
 
 import ray
@@ -24,7 +25,8 @@ class TrialProxy(tune.Trainable):
             ray.get(self._broker.submit.remote(number, self._config["assignment"], self._config["resume_from"]))
             self._submitted = True
         report = ray.get(self._broker.next_report.remote(number))
-        return {**report, "done": report.get("step", self._max_steps) >= self._max_steps}
+        # Tune insists on the metric in every result; without a step ASHA does not count it
+        return {"eval_loss": math.nan, **report, "done": report.get("step", self._max_steps) >= self._max_steps}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing to save: the lane keeps checkpoints in the run directory."""

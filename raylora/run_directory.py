@@ -46,6 +46,10 @@ class RunDirectory:
         return self.path / "history.parquet"
 
     @property
+    def lanes_file(self) -> Path:
+        return self.path / "lanes.json"
+
+    @property
     def best_adapter(self) -> Path:
         return self.path / "best_adapter"
 

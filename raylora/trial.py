@@ -24,8 +24,11 @@ def trial(
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints. [default: results/trial-NAME]")] = None,
     resume_from: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
 ) -> None:
-    """Train the first assignment of a search; fix it with e.g. --space.r 8 --space.learning_rate 2e-4."""
-    config = load_config(space, parse_overrides(context.args))
+    """Train one assignment: the search's first, or with e.g. --space.r 8 one drawn from the changed space."""
+    overrides = parse_overrides(context.args)
+    if any(key.startswith("space") for key in overrides):
+        overrides.setdefault("starting_points", "[]")
+    config = load_config(space, overrides)
     screen = console()
     run = open_run(output or Path("results") / f"trial-{space.stem}", config, resume=resume_from is not None)
     plan = make_plan(config, run, local_devices())

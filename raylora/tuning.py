@@ -1,5 +1,6 @@
 """Runs one search: Ray Tune's trials, Optuna's proposals and ASHA's decisions on resident lanes."""
 
+import resource
 import threading
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ray.tune.search import Searcher
 
 from raylora.broker import Broker
 from raylora.errors import SearchError
+from raylora.files import write_json
 from raylora.lane import LaneSettings, describe_failure, lane_trainer
 from raylora.progress import Progress
 from raylora.proxy import TrialProxy
@@ -181,6 +183,7 @@ def run_search(
         tuner.fit()
     finally:
         ray.get(broker.close.remote())
+    _write_lanes(run, ray.get(broker.lanes.remote()))
     if bookkeeper.no_lane:
         raise SearchError(f"no lane is left: {bookkeeper.no_lane}; mend it and go on with --resume")
     for lane in lanes:
@@ -194,6 +197,12 @@ def run_search(
 def start_broker(n_lanes: int) -> ActorHandle:
     """The broker's actor, without a CPU of its own."""
     return ray.remote(num_cpus=0, max_concurrency=1000)(Broker).remote(n_lanes)
+
+
+def _write_lanes(run: RunDirectory, lanes: dict[str, dict[str, Any]]) -> None:
+    """Where the lanes were, when they came up, and how much memory the driver took."""
+    driver_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+    write_json(run.lanes_file, {"driver": {"peak_memory_mib": driver_mib}, "lanes": lanes})
 
 
 def _start_lane(settings: LaneSettings) -> threading.Thread:

@@ -45,10 +45,10 @@ def engine(make_config: Callable[..., SearchConfig], tmp_path: Path) -> TrlEngin
     return load_engine(make_config(), tmp_path)
 
 
-def load_engine(config: SearchConfig, tmp_path: Path) -> TrlEngine:
+def load_engine(config: SearchConfig, tmp_path: Path, device: str = "cpu") -> TrlEngine:
     tokenizer = load_tokenizer(config.base_model, config.base_model.name)
     data = prepare_data(config.data, tokenizer, tmp_path)
-    return TrlEngine.load(config, tokens_dir=data.tokens_dir, cache_dir=tmp_path, device="cpu")
+    return TrlEngine.load(config, tokens_dir=data.tokens_dir, cache_dir=tmp_path, device=device)
 
 
 def train(

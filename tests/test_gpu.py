@@ -1,0 +1,37 @@
+"""On an NVIDIA GPU: the same search, in bfloat16, with the GPU's own figures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from raylora.config import SearchConfig
+from tests.test_training import load_engine, train
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+
+
+def test_a_trial_trains_on_the_gpu_in_bfloat16(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    engine = load_engine(make_config(), tmp_path, device="cuda:0")
+    assert engine.model.dtype == torch.bfloat16
+    reports = train(engine, tmp_path / "a")
+    assert reports[-1].eval_loss < reports[0].eval_loss
+    assert 0 < reports[-1].peak_memory_mib < 2000  # the GPU's, of a model of half a megabyte
+
+
+def test_a_trial_out_of_memory_leaves_the_lane_usable(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    engine = load_engine(make_config(), tmp_path, device="cuda:0")
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_allocated() / torch.cuda.mem_get_info()[1] + 1e-4)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            train(engine, tmp_path / "a", per_device_train_batch_size=48, r=64)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(train(engine, tmp_path / "b")) == 3

@@ -1,0 +1,74 @@
+"""Every command and path that the README shows exists and is accepted."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from ray.scripts.scripts import cli as ray_cli
+from typer.testing import CliRunner
+
+from raylora.cli import app
+from raylora.commands import parse_overrides
+from raylora.config import load_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+def check_raylora(command: list[str]) -> None:
+    """The module is a command, its options exist, and the overrides fit the search space file."""
+    module, *arguments = command
+    name = module.removeprefix("raylora.")
+    help_text = re.sub(r"\x1b\[[0-9;]*m", "", CliRunner().invoke(app, [name, "--help"]).output)
+    options = {"--output", "--resume", "--dry-run", "--address"}
+    overrides, rest = [], list(arguments)
+    space = "search_spaces/qlora.yaml"
+    while rest:
+        argument = rest.pop(0)
+        if argument in options:
+            assert argument in help_text
+            if argument in {"--output", "--address"}:
+                rest.pop(0)
+        elif argument.startswith("--"):
+            overrides += [argument, rest.pop(0)]
+        elif name in {"search", "trial"}:
+            space = argument
+    if name == "trial":
+        overrides += ["--starting_points", "[]"]  # as the command does for a changed space
+    load_config(ROOT / space, parse_overrides(overrides))
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    if words[0] == "make":
+        subprocess.run(["make", "--dry-run", *words[1:]], check=True, capture_output=True)
+    elif words[:2] == ["python", "-m"]:
+        check_raylora(words[2:])
+    else:
+        assert words[0] == "ray"
+        assert words[1] in ray_cli.commands
+        inner = re.search(r"python -m (raylora\S*.*?)'", line)
+        if inner:
+            check_raylora(shlex.split(inner.group(1)))
+
+
+def test_the_tree_matches_the_files() -> None:
+    tree = README.split("## What is where")[1].split("```")[1]
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    assert named == {path.name for path in (ROOT / "raylora").glob("*.py")} - {"__init__.py"}
+    for path in re.findall(r"^(\S+)/? ", tree, re.MULTILINE):
+        assert (ROOT / path).exists()
+
+
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_no_placeholder_is_left() -> None:
+    assert "<!--" not in README
