@@ -1,8 +1,11 @@
 """Runs one search: Ray Tune's trials, Optuna's proposals and ASHA's decisions on resident lanes."""
 
 import resource
+import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -58,8 +61,11 @@ class Bookkeeper(Searcher):
         self.no_lane: str | None = None
         """Why the last lane is gone, once it is."""
 
+        self.interrupted = False
+        """Set by Ctrl-C; trials under way then stay running, for a resumed search to take up."""
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        if self.no_lane or self.gave_up() or self._out_of_time():
+        if self.interrupted or self.no_lane or self.gave_up() or self._out_of_time():
             return Searcher.FINISHED
         resume_from = None
         if self._interrupted:
@@ -84,6 +90,8 @@ class Bookkeeper(Searcher):
             self._progress.reported(number)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if self.interrupted:
+            return
         number = self._numbers[trial_id]
         result = result or {}
         self.on_trial_result(trial_id, result)
@@ -159,6 +167,7 @@ def run_search(
 
     Raises:
         SearchError: the first trials all failed, no trial finished, or no lane came up.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; everything is kept.
     """
     config, rungs = settings[0].config, settings[0].rungs
     limits = Limits(config.n_trials(), rungs[-1], config.search.max_initial_failures, config.search.time_budget_minutes)
@@ -178,12 +187,20 @@ def run_search(
                 max_concurrent_trials=len(settings),
                 reuse_actors=True,
             ),
-            run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=str(run.logs / "tune"), verbose=0),
+            run_config=tune.RunConfig(
+                name=f"tune-{time.time_ns()}",
+                storage_path=str(run.logs / "tune"),
+                stop=_StopWhenInterrupted(bookkeeper),
+                verbose=0,
+            ),
         )
-        tuner.fit()
+        with _interrupting(bookkeeper):
+            tuner.fit()
     finally:
         ray.get(broker.close.remote())
     _write_lanes(run, ray.get(broker.lanes.remote()))
+    if bookkeeper.interrupted:
+        raise KeyboardInterrupt
     if bookkeeper.no_lane:
         raise SearchError(f"no lane is left: {bookkeeper.no_lane}; mend it and go on with --resume")
     for lane in lanes:
@@ -192,6 +209,36 @@ def run_search(
         raise SearchError(_failures("the first trials all failed", records))
     if records.best() is None:
         raise SearchError(_failures("no trial reached the full budget", records))
+
+
+class _StopWhenInterrupted(tune.Stopper):
+    """Ends Tune's loop between two events, so that no table or study is left half-written."""
+
+    def __init__(self, bookkeeper: Bookkeeper) -> None:
+        self._bookkeeper = bookkeeper
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._bookkeeper.interrupted
+
+
+@contextmanager
+def _interrupting(bookkeeper: Bookkeeper) -> Iterator[None]:
+    """The first Ctrl-C ends the search in order; a second one does what it did before."""
+
+    def note(signum: int, frame: object) -> None:
+        bookkeeper.interrupted = True
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start_broker(n_lanes: int) -> ActorHandle:
