@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
+from raylora.cluster import local_devices
 from raylora.commands import parse_overrides
 from raylora.config import load_config
 from raylora.files import read_json
 from raylora.noise import quiet_libraries
-from raylora.plan import local_devices, plan_lanes
+from raylora.plan import plan_lanes
 from raylora.records import Records, TrialRow
 from raylora.run_directory import RunDirectory
 from raylora.training import Report, TrlEngine

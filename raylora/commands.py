@@ -3,6 +3,7 @@
 0: done. 1: the work failed. 2: the settings, data, model or machine do not allow it to start. 130: interrupted.
 """
 
+import errno
 import functools
 import signal
 import sys
@@ -32,8 +33,13 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except RayloraError as error:
-            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+            _show(getattr(error, "cause", error))  # Ray wraps an error of a task into one with its whole traceback
             raise typer.Exit(FAILED if isinstance(error, SearchError | TrialError | MergeError) else REFUSED) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _show(error)
+            raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(INTERRUPTED) from error
 
@@ -71,6 +77,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 def console() -> Console:
     """Standard output; wide where it is no terminal, so that lines are not broken in a log."""
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+
+
+def _show(error: BaseException) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
 
 
 def _interrupt(signum: int, frame: object) -> None:

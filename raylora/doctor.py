@@ -6,7 +6,6 @@ Run as `python -m raylora.doctor`.
 import importlib.metadata
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import ray
 import torch
 import typer
 
+from raylora.cluster import Devices, local_ray
 from raylora.commands import FAILED, command, console, run_command
 from raylora.memory import MIB
 from raylora.run_directory import PACKAGES
@@ -88,22 +88,11 @@ def check_quantization() -> Finding:
 
 def check_ray() -> Finding:
     """A local Ray instance starts and runs a task."""
-    directory = tempfile.mkdtemp(prefix="raylora-")
     try:
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=directory,
-        )
-        ok = ray.get(ray.remote(_answer).remote(), timeout=60) == 42
+        with local_ray(Devices(n_gpus=0, n_cpus=1, where="this machine")):
+            ok = ray.get(ray.remote(_answer).remote(), timeout=60) == 42
     except Exception as failure:  # whatever keeps Ray from starting is the finding
         return Finding(False, f"Ray does not start: {failure}", "see whether a firewall blocks ports on this machine")
-    finally:
-        ray.shutdown()
-        shutil.rmtree(directory, ignore_errors=True)
     return Finding(ok, f"Ray {ray.__version__} starts and runs a task")
 
 

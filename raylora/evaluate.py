@@ -20,8 +20,8 @@ from raylora.errors import RunDirectoryError
 from raylora.files import write_json
 from raylora.generate import Answers, agreement, generate, score
 from raylora.losses import eval_loss
-from raylora.records import markdown_table
 from raylora.run_directory import RunDirectory
+from raylora.tables import print_table
 
 
 @command
@@ -99,14 +99,15 @@ def _samples(asked: datasets.Dataset, prompts: list[str], answers: dict[str, Ans
     ]
 
 
-def evaluation_table(result: dict[str, Any]) -> str:
-    """Scores of each model as a Markdown table."""
-    return markdown_table([{"model": name, **scores} for name, scores in result["models"].items()])
+def evaluation_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Scores of each model, for a table."""
+    return [{"model": name, **scores} for name, scores in result["models"].items()]
 
 
 def show_evaluation(result: dict[str, Any], screen: Console) -> None:
     """Prints the table."""
-    screen.print(f"held-out, {result['n_rows']} rows, {result['n_prompts']} prompts:\n\n{evaluation_table(result)}")
+    screen.print(f"\nheld-out check, {result['n_rows']} rows, {result['n_prompts']} prompts answered greedily")
+    print_table(evaluation_rows(result), screen)
     if not result["n_prompts"]:
         screen.print("no row has a prompt that generation could start from, so there is a loss only")
     for name, shares in result["agreement_with_adapter"].items():

@@ -36,8 +36,9 @@ from raylora.data import load_part
 from raylora.errors import MergeError, RunDirectoryError
 from raylora.files import replacing, write_json
 from raylora.losses import eval_loss
-from raylora.records import Records, TrialRow, markdown_table
+from raylora.records import Records, TrialRow
 from raylora.run_directory import RunDirectory
+from raylora.tables import print_table
 
 Weights = Callable[[str], torch.Tensor]
 """Module name -> weight in (out_features, in_features)."""
@@ -99,6 +100,7 @@ def merge_run(run: RunDirectory) -> dict[str, Any]:
 
     base = load_base_model(base_section, cache_dir, device)
     losses = {"base": loss(base)}
+    del base
     seconds, sizes = {}, {}
     for form in config.merge.formats:
         began = time.perf_counter()
@@ -191,20 +193,19 @@ def _lora_layers(model: PeftModel) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in modules if isinstance(module, LoraLayer)]
 
 
-def merge_table(result: dict[str, Any]) -> str:
-    """Validation loss of each model as a Markdown table."""
+def merge_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Validation loss of each model, for a table."""
     adapter = result["eval_loss"]["adapter"]
-    return markdown_table(
-        [
-            {"model": name, "eval_loss": loss, "against adapter": f"{100 * (loss / adapter - 1):+.2f} %"}
-            for name, loss in result["eval_loss"].items()
-        ]
-    )
+    return [
+        {"model": name, "eval_loss": loss, "against adapter": f"{100 * (loss / adapter - 1):+.2f} %"}
+        for name, loss in result["eval_loss"].items()
+    ]
 
 
 def show_merge(result: dict[str, Any], screen: Console) -> None:
     """Prints the table."""
-    screen.print(f"merged by {result['strategy']}; validation loss:\n\n{merge_table(result)}")
+    screen.print(f"\nvalidation loss, merged by {result['strategy']}")
+    print_table(merge_rows(result), screen)
 
 
 if __name__ == "__main__":

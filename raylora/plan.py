@@ -1,13 +1,7 @@
 """Works out what a search will do before it starts: data, budget, lanes and memory."""
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
-
-import ray
-import torch
-import yaml
 
 from raylora.base_model import (
     compute_dtype,
@@ -18,21 +12,13 @@ from raylora.base_model import (
     load_tokenizer,
     resolve_target_modules,
 )
+from raylora.cluster import Devices
 from raylora.config import SearchConfig
 from raylora.data import PreparedData, prepare_data
 from raylora.errors import DeviceError
 from raylora.memory import MemoryEstimate, adapter_parameters, estimate_memory
 from raylora.run_directory import RunDirectory
 from raylora.space import Cases, Choice, Fixed, Kind, Range
-
-
-@dataclass(frozen=True)
-class Devices:
-    """What the machine or cluster has, or can grow to."""
-
-    n_gpus: int
-    n_cpus: int
-    where: str
 
 
 @dataclass(frozen=True)
@@ -113,26 +99,6 @@ def max_steps(config: SearchConfig, data: PreparedData) -> int:
         return training.max_steps
     rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return math.ceil(training.num_train_epochs * data.summaries["train"].rows / rows_per_step)
-
-
-def local_devices() -> Devices:
-    """This machine's."""
-    return Devices(torch.cuda.device_count(), len(os.sched_getaffinity(0)), "this machine")
-
-
-def cluster_devices() -> Devices:
-    """The connected cluster's, counting GPU nodes that its autoscaler may still add."""
-    resources = ray.cluster_resources()
-    n_gpus = max(int(resources.get("GPU", 0)), _autoscaled_gpus(Path("~/ray_bootstrap_config.yaml").expanduser()))
-    return Devices(n_gpus, int(resources.get("CPU", 1)), "the cluster")
-
-
-def _autoscaled_gpus(bootstrap_file: Path) -> int:
-    """GPUs at full size, from the file that `ray up` leaves on the head node; 0 where there is none."""
-    if not bootstrap_file.is_file():
-        return 0
-    types = yaml.safe_load(bootstrap_file.read_text(encoding="utf-8")).get("available_node_types", {})
-    return sum(int(node.get("resources", {}).get("GPU", 0)) * node.get("max_workers", 0) for node in types.values())
 
 
 def _possible(config: SearchConfig, name: str) -> list:

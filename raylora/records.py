@@ -14,6 +14,7 @@ import pyarrow.parquet
 from raylora.files import replacing, write_text
 from raylora.run_directory import RunDirectory
 from raylora.space import Assignment
+from raylora.tables import markdown_table
 
 STATES = ("running", "finished", "stopped", "failed")
 TIMES = ("train_seconds", "eval_seconds", "other_seconds")
@@ -188,24 +189,6 @@ def write_rank_vs_loss(run: RunDirectory, rows: list[dict[str, Any]]) -> None:
     with replacing(run.path / "rank_vs_loss.csv") as temporary:
         pa.csv.write_csv(pa.Table.from_pylist(rows, schema=RANK_SCHEMA), temporary)
     write_text(run.path / "rank_vs_loss.md", markdown_table(rows))
-
-
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """A GitHub table; numbers to four significant digits."""
-    if not rows:
-        return "(no rows)\n"
-    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
-    lines += [" | ".join(cell(value) for value in row.values()) for row in rows]
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def cell(value: Any) -> str:
-    """One value as a table shows it."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:

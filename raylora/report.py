@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 
 from raylora.commands import command, console, run_command
-from raylora.evaluate import evaluation_table, show_evaluation
+from raylora.evaluate import evaluation_rows, show_evaluation
 from raylora.files import read_json, write_text
-from raylora.merge import merge_table, show_merge
-from raylora.records import Records, TrialRow, markdown_table, rank_vs_loss, write_rank_vs_loss
+from raylora.merge import merge_rows, show_merge
+from raylora.records import Records, TrialRow, rank_vs_loss, write_rank_vs_loss
 from raylora.run_directory import RunDirectory
+from raylora.tables import markdown_table, print_table
 
 
 @command
@@ -66,9 +67,31 @@ _PROVENANCE = (
 )
 
 
+_ON_SCREEN = {
+    "r": "r",
+    "n": "trials",
+    "n_finished": "finished",
+    "n_stopped": "stopped",
+    "n_failed": "failed",
+    "eval_loss_best": "best",
+    "eval_loss_median": "median",
+    "eval_loss_spread": "spread",
+    "first_rung_eval_loss_median": "median, 1st rung",
+    "trainable_parameters": "parameters",
+    "peak_memory_mib": "MiB",
+    "tokens_per_second": "tokens/s",
+}
+"""Columns of the rank table that fit on a terminal, and their short names."""
+
+
 def summarize(run: RunDirectory, screen: Console) -> None:
     """Prints the tables that a user looks at first, and where everything is."""
-    screen.print(f"\nrank against loss:\n\n{(run.path / 'rank_vs_loss.md').read_text(encoding='utf-8')}")
+    records = Records.load(run)
+    ranks = rank_vs_loss(list(records.trials.values()), records.history)
+    screen.print(
+        f"\nrank against validation loss: finished trials at {ranks[0]['max_steps']} steps, all at the first rung"
+    )
+    print_table([{short: row[name] for name, short in _ON_SCREEN.items()} for row in ranks], screen)
     if run.merge_file.is_file():
         show_merge(read_json(run.merge_file), screen)
     if run.evaluation_file.is_file():
@@ -103,7 +126,7 @@ def _merge(run: RunDirectory) -> str:
         return f"Not merged yet: `python -m raylora.merge {run.path}`"
     result = read_json(run.merge_file)
     sizes = ", ".join(f"{form} {size:.0f} MiB" for form, size in result["size_mib"].items())
-    return f"By {result['strategy']}. Validation loss:\n\n{merge_table(result)}\nOn disk: {sizes}."
+    return f"By {result['strategy']}. Validation loss:\n\n{markdown_table(merge_rows(result))}\nOn disk: {sizes}."
 
 
 def _evaluation(run: RunDirectory) -> str:
@@ -112,7 +135,8 @@ def _evaluation(run: RunDirectory) -> str:
     result = read_json(run.evaluation_file)
     agreements = [{"model": name, **shares} for name, shares in result["agreement_with_adapter"].items()]
     return (
-        f"{result['n_rows']} rows, {result['n_prompts']} prompts, greedy.\n\n{evaluation_table(result)}\n"
+        f"{result['n_rows']} rows, {result['n_prompts']} prompts, greedy.\n\n"
+        f"{markdown_table(evaluation_rows(result))}\n"
         f"Agreement with the adapter's answers:\n\n{markdown_table(agreements)}\n"
         f"Samples:\n\n{markdown_table(result['samples'])}"
     )

@@ -4,10 +4,7 @@ Run as `python -m raylora.search [SPACE.yaml] [--output DIR] [--section.key valu
 """
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -16,13 +13,14 @@ import ray
 import typer
 from rich.console import Console
 
+from raylora.cluster import cluster_devices, connected, local_devices, local_ray
 from raylora.commands import command, console, parse_overrides, run_command
 from raylora.config import SearchConfig, dump_config, load_config
 from raylora.data import PreparedData
 from raylora.evaluate import evaluate_run
 from raylora.lane import LaneSettings
 from raylora.merge import merge_run, save_best_adapter
-from raylora.plan import Devices, Plan, cluster_devices, local_devices, make_plan
+from raylora.plan import Plan, make_plan
 from raylora.progress import Progress
 from raylora.records import Records
 from raylora.report import summarize, write_report
@@ -50,7 +48,7 @@ def search(
     run = open_run(output or Path("results") / space.stem, config, resume=resume)
     with ExitStack() as stack:
         if address:
-            stack.enter_context(_cluster(address))
+            stack.enter_context(connected(address))
         devices = cluster_devices() if address else local_devices()
         plan = make_plan(config, run, devices)
         _show_plan(screen, config, plan)
@@ -58,7 +56,7 @@ def search(
             screen.print("dry run: nothing was started")
             return
         if not address:
-            stack.enter_context(_local_ray(devices))
+            stack.enter_context(local_ray(devices))
         start(run, config, _facts(config, plan))
         _search(run, config, plan, screen)
         _finish(run, plan, screen)
@@ -101,37 +99,6 @@ def _finish(run: RunDirectory, plan: Plan, screen: Console) -> None:
         ray.get(on_device(step).remote(run))
     write_report(run)
     summarize(run, screen)
-
-
-@contextmanager
-def _cluster(address: str) -> Iterator[None]:
-    """A connection to a Ray cluster that is already there."""
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _local_ray(devices: Devices) -> Iterator[None]:
-    """A Ray instance of our own on this machine, of which nothing is left afterwards."""
-    # a short private directory: Ray's sockets lie in it, and a socket's path may have 107 characters
-    directory = tempfile.mkdtemp(prefix="raylora-")
-    try:
-        ray.init(
-            address="local",
-            num_cpus=devices.n_cpus,
-            num_gpus=devices.n_gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=directory,
-        )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _show_plan(screen: Console, config: SearchConfig, plan: Plan) -> None:

@@ -4,7 +4,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,8 +219,7 @@ class _RungCallback(TrainerCallback):
         self._last_report = arrived
         self._tokens_per_epoch = sum(len(ids) for ids in engine.train["input_ids"])
         self._trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_began = time.perf_counter()
@@ -268,8 +267,17 @@ class _RungCallback(TrainerCallback):
         return control
 
 
+def reset_peak_memory() -> None:
+    """Starts a new measurement of `peak_memory_mib`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # where the kernel does not allow it, the process's peak so far stands
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present size, proc(5)
+
+
 def peak_memory_mib() -> float:
-    """Peak GPU memory allocated since the last reset, or this process's peak resident memory on a CPU, in MiB."""
+    """Peak since the last reset in MiB: GPU memory allocated, or on a CPU this process's resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / MIB
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -9,9 +9,10 @@ from typing import Annotated
 import torch
 import typer
 
+from raylora.cluster import local_devices
 from raylora.commands import command, console, parse_overrides, run_command
 from raylora.config import load_config
-from raylora.plan import local_devices, make_plan
+from raylora.plan import make_plan
 from raylora.run_directory import open_run
 from raylora.study import Study
 from raylora.training import Report, TrlEngine

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from raylora.cluster import Devices, _autoscaled_gpus
 from raylora.errors import DeviceError
-from raylora.plan import Devices, _autoscaled_gpus, plan_lanes
+from raylora.plan import plan_lanes
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())

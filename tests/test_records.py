@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from raylora.records import Records, markdown_table, rank_vs_loss, write_rank_vs_loss
+from raylora.records import Records, rank_vs_loss, write_rank_vs_loss
 from raylora.run_directory import RunDirectory
+from raylora.tables import markdown_table
 from tests.test_training import assignment
 
 REPORT = {

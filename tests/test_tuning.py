@@ -1,18 +1,16 @@
 """The search around made-up trials: early stopping, failures, killed lanes, resuming, states."""
 
 import io
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
 import pytest
-import ray
 from optuna.trial import TrialState
 from rich.console import Console
 
+from raylora.cluster import Devices, local_ray
 from raylora.config import SearchConfig
 from raylora.errors import SearchError
 from raylora.lane import LaneSettings
@@ -30,19 +28,9 @@ RATES = [1e-4, 2e-4, 3e-4, 5e-3, 1e-3, 1.5e-4, 4e-3, 9e-3]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    directory = tempfile.mkdtemp(prefix="raylora-")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=directory,
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
+def _ray() -> Iterator[None]:
+    with local_ray(Devices(n_gpus=0, n_cpus=4, where="this test")):
+        yield
 
 
 @pytest.fixture
