@@ -51,6 +51,10 @@ class Progress:
                 f"trial {number}: {trial.state}{_because(trial)} ({_settings(trial)}); {self.summary()}"
             )
 
+    def note(self, text: str) -> None:
+        """Something that the user should know meanwhile."""
+        self._console.print(text)
+
     def summary(self) -> str:
         """Counts, best so far and time left, in one line."""
         records = self._records

@@ -113,7 +113,7 @@ class TrlEngine:
         with self._adapted(assignment) as model:
             trainer = SFTTrainer(
                 model=model,
-                args=_sft_config(assignment, self.training, rungs[-1], directory, model.device.type),
+                args=_sft_config(assignment, self.training, rungs[-1], directory, model),
                 train_dataset=self.train.select_columns(["input_ids", "labels"]),
                 processing_class=self.tokenizer,
                 callbacks=[_RungCallback(self, model, rungs, report, arrived)],
@@ -167,9 +167,9 @@ def _keep_adapter_in_float32(model: PeftModel, assignment: Assignment, resume_fr
 
 
 def _sft_config(
-    assignment: Assignment, training: TrainingSection, max_steps: int, directory: Path, device: str
+    assignment: Assignment, training: TrainingSection, max_steps: int, directory: Path, model: PeftModel
 ) -> SFTConfig:
-    on_gpu = device == "cuda"
+    on_gpu = model.device.type == "cuda"
     paged = training.optim.startswith("paged_")
     return SFTConfig(
         output_dir=str(directory),
@@ -186,7 +186,8 @@ def _sft_config(
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if training.group_by_length else "random",
-        bf16=on_gpu,
+        bf16=on_gpu and model.dtype == torch.bfloat16,
+        fp16=on_gpu and model.dtype == torch.float16,
         use_cpu=not on_gpu,
         max_length=None,
         # evaluating and saving happen at rungs, which are not evenly spaced: _RungCallback asks for them

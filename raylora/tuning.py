@@ -27,6 +27,10 @@ from raylora.run_directory import RunDirectory
 from raylora.study import Study
 
 
+PATIENCE_SECONDS = 120
+"""After so long without a lane, the user is told what it may be waiting for."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """When a search ends."""
@@ -56,7 +60,7 @@ class Bookkeeper(Searcher):
         self._study, self._records, self._broker = study, records, broker
         self._limits, self._progress = limits, progress
         self._numbers: dict[str, int] = {}
-        self._interrupted = study.running()
+        self._to_resume = study.running()
         self._began = time.monotonic()
         self.no_lane: str | None = None
         """Why the last lane is gone, once it is."""
@@ -68,9 +72,9 @@ class Bookkeeper(Searcher):
         if self.interrupted or self.no_lane or self.gave_up() or self._out_of_time():
             return Searcher.FINISHED
         resume_from = None
-        if self._interrupted:
-            number = min(self._interrupted)
-            assignment = self._interrupted.pop(number)
+        if self._to_resume:
+            number = min(self._to_resume)
+            assignment = self._to_resume.pop(number)
             if number in self._records.trials:
                 resume_from = self._records.trials[number].checkpoint
         elif self._study.n_asked() < self._limits.n_trials:
@@ -173,6 +177,9 @@ def run_search(
     limits = Limits(config.n_trials(), rungs[-1], config.search.max_initial_failures, config.search.time_budget_minutes)
     bookkeeper = Bookkeeper(study, records, broker, limits, progress)
     lanes = [_start_lane(lane) for lane in settings]
+    patience = threading.Timer(PATIENCE_SECONDS, _say_what_is_missing, [broker, progress, settings[0].on_gpu])
+    patience.daemon = True
+    patience.start()
     try:
         tuner = tune.Tuner(
             tune.with_resources(
@@ -197,6 +204,7 @@ def run_search(
         with _interrupting(bookkeeper):
             tuner.fit()
     finally:
+        patience.cancel()
         ray.get(broker.close.remote())
     _write_lanes(run, ray.get(broker.lanes.remote()))
     if bookkeeper.interrupted:
@@ -244,6 +252,17 @@ def _interrupting(bookkeeper: Bookkeeper) -> Iterator[None]:
 def start_broker(n_lanes: int) -> ActorHandle:
     """The broker's actor, without a CPU of its own."""
     return ray.remote(num_cpus=0, max_concurrency=1000)(Broker).remote(n_lanes)
+
+
+def _say_what_is_missing(broker: ActorHandle, progress: Progress, on_gpu: bool) -> None:
+    """A cluster that has no room for a lane would otherwise be waited for in silence."""
+    if not ray.get(broker.lanes.remote()):
+        kind = "GPU" if on_gpu else "CPU"
+        total, free = ray.cluster_resources().get(kind, 0), ray.available_resources().get(kind, 0)
+        progress.note(
+            f"no lane is up after {PATIENCE_SECONDS} s: it loads the base, or waits for a {kind}; "
+            f"the cluster has {total:g}, {free:g} free (`ray status` says more)"
+        )
 
 
 def _write_lanes(run: RunDirectory, lanes: dict[str, dict[str, Any]]) -> None:

@@ -139,6 +139,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     assert [r.eval_loss for r in checkpointing] == pytest.approx([r.eval_loss for r in plain], rel=1e-5)
 
 
+def test_rows_of_like_length_can_be_batched_together(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    engine = load_engine(make_config(training={"group_by_length": True, "optim": "paged_adamw_32bit"}), tmp_path)
+    reports = train(engine, tmp_path / "a")
+    assert reports[-1].eval_loss < reports[0].eval_loss
+
+
 def test_a_part_is_memory_mapped(engine: TrlEngine) -> None:
     assert engine.train.cache_files
     assert (
