@@ -26,7 +26,6 @@ from raylora.records import HistoryRow, Records
 from raylora.run_directory import RunDirectory
 from raylora.study import Study
 
-
 PATIENCE_SECONDS = 120
 """After so long without a lane, the user is told what it may be waiting for."""
 
