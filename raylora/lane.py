@@ -18,6 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from raylora.config import SearchConfig
+from raylora.errors import RunDirectoryError
 from raylora.files import write_text
 from raylora.noise import quiet_libraries
 from raylora.run_directory import RunDirectory
@@ -89,13 +90,9 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
     torch.set_num_threads(settings.threads)
     _forget_process_group()
     run = RunDirectory(settings.run_path)
-    if not settings.tokens_dir.is_dir():
-        raise FileNotFoundError(
-            f"node {socket.gethostname()} does not see {settings.tokens_dir}; the run directory must be on storage "
-            "that all nodes share"
-        )
     broker = settings.broker
     try:
+        _check_shared(settings.tokens_dir)
         engine = settings.load_engine(
             settings.config,
             tokens_dir=settings.tokens_dir,
@@ -110,6 +107,14 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
     ray.get(broker.lane_ready.remote(settings.name, _facts(settings, time.perf_counter() - began)))
     while job := ray.get(broker.next_job.remote(settings.name)):
         _run_job(settings, engine, run, *job)
+
+
+def _check_shared(tokens_dir: Path) -> None:
+    if not tokens_dir.is_dir():
+        raise RunDirectoryError(
+            f"node {socket.gethostname()} does not see {tokens_dir}; the run directory must lie on storage that all "
+            "nodes share"
+        )
 
 
 def _run_job(

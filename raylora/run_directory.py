@@ -121,13 +121,29 @@ def open_run(path: Path, config: SearchConfig, *, resume: bool) -> RunDirectory:
     return run
 
 
+def check_same_data(run: RunDirectory, fingerprint: str) -> None:
+    """Losses on other rows are not comparable, so a run goes on with the rows it was started with.
+
+    Raises:
+        RunDirectoryError: rows, tokenizer or a setting that shapes tokens have changed since.
+    """
+    before = run.provenance()["data_fingerprint"] if run.provenance_file.is_file() else fingerprint
+    if before != fingerprint:
+        raise RunDirectoryError(
+            f"{run.path} was started with other data (fingerprint {before}, now {fingerprint}); "
+            "resume with the same rows, or start another directory"
+        )
+
+
 def start(run: RunDirectory, config: SearchConfig, facts: dict[str, Any]) -> None:
-    """Writes config and provenance, before the first trial.
+    """Writes config and provenance, before the first trial; a resumed run keeps the time of its first start.
 
     Args:
         facts: what only the caller knows: base model commit, data fingerprint, max_steps, devices.
     """
     run.logs.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    resumed = {"started": run.provenance()["started"], "resumed": now} if run.provenance_file.is_file() else {}
     write_text(
         run.config_file,
         f"# resolved config; `python -m raylora.search {run.config_file}` repeats it\n" + dump_config(config),
@@ -135,7 +151,7 @@ def start(run: RunDirectory, config: SearchConfig, facts: dict[str, Any]) -> Non
     write_json(
         run.provenance_file,
         {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "started": now,
             "command": " ".join(sys.argv),
             "raylora": importlib.metadata.version("raylora"),
             "git_commit": _git_commit(),
@@ -143,6 +159,7 @@ def start(run: RunDirectory, config: SearchConfig, facts: dict[str, Any]) -> Non
             "platform": platform.platform(),
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             **facts,
+            **resumed,
         },
     )
 

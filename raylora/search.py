@@ -24,7 +24,7 @@ from raylora.plan import Plan, make_plan
 from raylora.progress import Progress
 from raylora.records import Records
 from raylora.report import summarize, write_report
-from raylora.run_directory import RunDirectory, open_run, start
+from raylora.run_directory import RunDirectory, check_same_data, open_run, start
 from raylora.study import Study
 from raylora.tuning import reconcile, run_search, start_broker
 
@@ -51,6 +51,7 @@ def search(
             stack.enter_context(connected(address))
         devices = cluster_devices() if address else local_devices()
         plan = make_plan(config, run, devices)
+        check_same_data(run, plan.data.fingerprint)
         _show_plan(screen, config, plan)
         if dry_run:
             screen.print("dry run: nothing was started")
@@ -93,7 +94,8 @@ def _finish(run: RunDirectory, plan: Plan, screen: Console) -> None:
     """Merge, check and report; the first two where the lanes were, since a cluster's head may have no GPU."""
     best = save_best_adapter(run)
     screen.print(f"best: trial {best.number}, eval_loss {best.eval_loss:.4f}; adapter in {run.best_adapter}")
-    on_device = ray.remote(num_cpus=1, num_gpus=1 if plan.on_gpu else 0)
+    # on a CPU, Ray gives a task as many threads as it asks for CPUs
+    on_device = ray.remote(num_cpus=1, num_gpus=1) if plan.on_gpu else ray.remote(num_cpus=plan.threads)
     for what, step in (("merging into the base", merge_run), ("generating on held-out prompts", evaluate_run)):
         screen.print(f"{what} ...")
         ray.get(on_device(step).remote(run))

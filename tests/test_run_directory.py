@@ -7,7 +7,7 @@ import pytest
 
 from raylora.config import SearchConfig
 from raylora.errors import RunDirectoryError
-from raylora.run_directory import RunDirectory, open_run, start
+from raylora.run_directory import RunDirectory, check_same_data, open_run, start
 
 
 def test_a_used_directory_needs_resume(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
@@ -30,6 +30,16 @@ def test_resuming_with_another_config_names_the_change(
     assert open_run(tmp_path / "run", make_config(search={"n_trials": 50}), resume=True)  # more trials are welcome
     with pytest.raises(RunDirectoryError, match=r"was started with another config.*- max_steps: 9; \+ max_steps: 10"):
         open_run(tmp_path / "run", make_config(training={"max_steps": 10}), resume=True)
+
+
+def test_resuming_with_other_data_is_refused(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    config = make_config()
+    run = open_run(tmp_path / "run", config, resume=False)
+    check_same_data(run, "abc")  # nothing to contradict yet
+    start(run, config, {"data_fingerprint": "abc"})
+    check_same_data(run, "abc")
+    with pytest.raises(RunDirectoryError, match=r"was started with other data \(fingerprint abc, now def\)"):
+        check_same_data(run, "def")
 
 
 def test_config_and_provenance_are_read_back(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
