@@ -201,7 +201,11 @@ def run_search(
             ),
         )
         with _interrupting(bookkeeper):
-            tuner.fit()
+            try:
+                tuner.fit()
+            except Exception:  # whatever Tune stumbles over while it is being ended is no news
+                if not bookkeeper.interrupted:
+                    raise
     finally:
         patience.cancel()
         ray.get(broker.close.remote())

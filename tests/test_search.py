@@ -123,7 +123,7 @@ def test_an_ended_search_is_resumed(how: signal.Signals, space_file: Path, tmp_p
     before = Records.load(run)
     assert 2 <= before.count("finished") < 8, output
     if how == signal.SIGINT:
-        assert code == 130
+        assert code == 130, output
         assert f"--output {run.path} --resume" in output
         assert "Traceback" not in output
     refused, message = finish(command(*arguments))
