@@ -175,7 +175,8 @@ def run_search(
     config, rungs = settings[0].config, settings[0].rungs
     limits = Limits(config.n_trials(), rungs[-1], config.search.max_initial_failures, config.search.time_budget_minutes)
     bookkeeper = Bookkeeper(study, records, broker, limits, progress)
-    lanes = [_start_lane(lane) for lane in settings]
+    ending = threading.Event()
+    lanes = [_start_lane(lane, ending) for lane in settings]
     patience = threading.Timer(PATIENCE_SECONDS, _say_what_is_missing, [broker, progress, settings[0].on_gpu])
     patience.daemon = True
     patience.start()
@@ -208,9 +209,12 @@ def run_search(
                     raise
     finally:
         patience.cancel()
+        ending.set()
         ray.get(broker.close.remote())
     _write_lanes(run, ray.get(broker.lanes.remote()))
     if bookkeeper.interrupted:
+        for lane in lanes:
+            lane.join(timeout=5)  # those between trials; the others end with Ray
         raise KeyboardInterrupt
     if bookkeeper.no_lane:
         raise SearchError(f"no lane is left: {bookkeeper.no_lane}; mend it and go on with --resume")
@@ -274,13 +278,15 @@ def _write_lanes(run: RunDirectory, lanes: dict[str, dict[str, Any]]) -> None:
     write_json(run.lanes_file, {"driver": {"peak_memory_mib": driver_mib}, "lanes": lanes})
 
 
-def _start_lane(settings: LaneSettings) -> threading.Thread:
+def _start_lane(settings: LaneSettings, ending: threading.Event) -> threading.Thread:
     """A lane in a thread of its own; what ends it too early is told to the broker."""
 
     def run() -> None:
         try:
             lane_trainer(settings).fit()
         except Exception as error:  # Ray Train raises whatever ended the run; the trials get the reason
+            if ending.is_set():
+                return  # Ray may be gone, and a call to it would end the process with exit code 1
             cause = next(iter(getattr(error, "worker_failures", {}).values()), error)
             ray.get(settings.broker.lane_lost.remote(settings.name, describe_failure(cause)))
 
