@@ -25,7 +25,8 @@ from raylora.noise import quiet_libraries
 from raylora.plan import plan_lanes
 from raylora.records import Records, TrialRow
 from raylora.run_directory import RunDirectory
-from raylora.training import Report, TrlEngine
+from raylora.rung import Report
+from raylora.training import TrlEngine
 
 SPACE = "search_spaces/demo.yaml"
 SETTINGS = ["--training.max_steps", "12", "--search.grace_period", "4", "--search.reduction_factor", "3"]

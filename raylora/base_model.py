@@ -181,6 +181,11 @@ def resolve_target_modules(targets: str, names: list[str]) -> list[str]:
     return chosen if others & set(short) else short
 
 
+def is_target(name: str, targets: list[str]) -> bool:
+    """Whether a module is one of those that `resolve_target_modules` chose, by the rule of peft."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
 def _source_options(section: BaseModelSection) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
     if section.revision is not None:

@@ -5,6 +5,7 @@ Importing this module loads neither torch nor Ray.
 """
 
 import difflib
+import itertools
 import math
 import re
 from pathlib import Path
@@ -163,20 +164,39 @@ class SearchSection(Section):
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     """Optuna's TPE, uniform random, or every combination of a space of choices."""
 
-    scheduler: Literal["asha", "none"] = "asha"
-    """`asha` stops weak trials at rungs (arXiv:1810.05934); `none` trains all to the end."""
+    scheduler: Literal["halving", "asha", "none"] = "halving"
+    """Weak trials pause at rungs, and the best go on: from a rung only when all have reached it (`halving`), or as soon
+    as enough have (`asha`, for many GPUs), both of arXiv:1810.05934; `none` trains all to the end."""
 
     grace_period: PositiveInt | None = None
-    """First rung in optimizer steps; None is `max_steps / reduction_factor**2`."""
+    """First rung in optimizer steps; None is early enough that the best one of `n_trials` is left at the last rung, but
+    no earlier than 1/27 of `max_steps`."""
 
     reduction_factor: int = Field(3, ge=2)
-    """Keep one of so many at each rung."""
+    """Promote one of so many at each rung."""
+
+    repeat_best: int = Field(0, ge=0)
+    """Train so many of the best assignments again to the full budget, with other seeds, and choose by the mean."""
+
+    repeats: PositiveInt = 2
+    """Other seeds for each of them."""
 
     seed: int = 0
     """Seed of the sampler."""
 
     lanes: PositiveInt | None = None
-    """Trials that train at once, each on a GPU of its own; None is one per GPU, or one on a CPU."""
+    """GPUs to use; None is all there are. On a CPU, processes; None is one."""
+
+    engine: Literal["auto", "packed", "trl"] = "auto"
+    """`packed` trains several trials at once on one base; `trl` one at a time with TRL and peft; `auto` packs where
+    that can be done."""
+
+    trials_per_gpu: Literal["auto"] | PositiveInt = "auto"
+    """Trials on one GPU at once; `auto` is as many as fit and still pay."""
+
+    tokens_per_pass: PositiveInt | None = None
+    """Micro-batches of different trials share a pass through the base up to so many tokens; None is 4096 on a GPU, 512
+    on a CPU, where more do not pay."""
 
     max_initial_failures: PositiveInt = 3
     """Give up when the first so many trials all fail."""
@@ -260,7 +280,10 @@ class SearchConfig(Section):
         if self.search.scheduler == "none":
             return [max_steps]
         factor = self.search.reduction_factor
-        rung = self.search.grace_period or max(1, math.ceil(max_steps / factor**2))
+        # before 1/27 of the budget, trials are hardly out of their warm-up
+        n_trials = min(self.n_trials(), 27)
+        earlier = next(level for level in itertools.count() if factor ** (level + 1) > n_trials)
+        rung = self.search.grace_period or math.ceil(max_steps / factor**earlier)
         if rung > max_steps:
             raise ConfigError(f"search.grace_period must be at most max_steps = {max_steps}, found {rung}")
         rungs = []

@@ -32,6 +32,10 @@ class TrialError(RayloraError, RuntimeError):
     """One trial failed; the search goes on."""
 
 
+class PackingError(RayloraError, RuntimeError):
+    """Trials of this search cannot train together on one base."""
+
+
 class SearchError(RayloraError, RuntimeError):
     """The search cannot go on."""
 

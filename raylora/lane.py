@@ -1,4 +1,4 @@
-"""A lane: one Ray Train worker on one GPU that keeps the base in memory and trains one trial after another."""
+"""A lane: one Ray Train worker on one GPU that keeps the base in memory and trains the trials it is sent."""
 
 import gc
 import os
@@ -17,20 +17,23 @@ from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from raylora.broker import Job, Order
 from raylora.config import SearchConfig
+from raylora.engines import load_engine
 from raylora.errors import RunDirectoryError
 from raylora.files import write_text
 from raylora.noise import quiet_libraries
+from raylora.packed_engine import PackedEngine
 from raylora.run_directory import RunDirectory
+from raylora.rung import Report
 from raylora.space import Assignment
-from raylora.training import Report, TrlEngine
 
 MAX_RESTARTS = 20
 """How often Ray Train brings a lane's process back before the lane counts as lost."""
 
 
 class Engine(Protocol):
-    """What trains trials on a lane. `raylora.training.TrlEngine` is one."""
+    """What trains one trial at a time. `raylora.training.TrlEngine` is one."""
 
     def fit(
         self,
@@ -52,12 +55,14 @@ class LaneSettings:
     config: SearchConfig
     run_path: Path
     tokens_dir: Path
-    rungs: list[int]
+    places: int
+    """Trials at once, at most."""
+
     on_gpu: bool
     threads: int
     """CPU threads for torch; unset, lanes on one machine would fight for all cores."""
 
-    load_engine: Callable[..., Engine] = TrlEngine.load
+    load_engine: Callable[..., Engine | PackedEngine] = load_engine
 
 
 def lane_trainer(settings: LaneSettings) -> TorchTrainer:
@@ -98,15 +103,19 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
             tokens_dir=settings.tokens_dir,
             cache_dir=run.cache(settings.config),
             device="cuda:0" if settings.on_gpu else "cpu",
+            places=settings.places,
         )
     except Exception as error:  # whatever keeps the base from loading would do so again: no restart
         ray.get(broker.lane_lost.remote(settings.name, describe_failure(error)))
         return
     # all that lives now lives for ever; without it a collection between trials takes 0.4 s to walk the libraries
     gc.freeze()
-    ray.get(broker.lane_ready.remote(settings.name, _facts(settings, time.perf_counter() - began)))
-    while job := ray.get(broker.next_job.remote(settings.name)):
-        _run_job(settings, engine, run, *job)
+    facts = _facts(settings, engine, time.perf_counter() - began)
+    link = Link(settings, ray.get(broker.lane_ready.remote(settings.name, facts)))
+    if isinstance(engine, PackedEngine):
+        serve_pack(engine, link, run)
+    else:
+        serve_one(engine, link, run)
 
 
 def _check_shared(tokens_dir: Path) -> None:
@@ -117,35 +126,125 @@ def _check_shared(tokens_dir: Path) -> None:
         )
 
 
-def _run_job(
-    settings: LaneSettings,
-    engine: Engine,
-    run: RunDirectory,
-    number: int,
-    assignment: dict[str, Any],
-    resume_from: str | None,
-) -> None:
-    def report(report: Report) -> bool:
-        values = {**asdict(report), "lane": settings.name}
-        return ray.get(settings.broker.report.remote(number, values, final=report.step >= settings.rungs[-1]))
+class Link:
+    """A lane's line to the broker. Orders are asked for ahead, so that a lane in training need not wait for them."""
 
-    failure, poisoned = None, False
-    directory = run.trial(number)
+    def __init__(self, settings: LaneSettings, life: int) -> None:
+        self._broker, self._name, self._life = settings.broker, settings.name, life
+        self._orders: list[Order] = []
+        self._asked = self._ask()
+
+    def orders(self, *, wait: bool) -> list[Order] | None:
+        """What to do now; empty where there is nothing and `wait` is false. None: the search is over."""
+        if not wait and not ray.wait([self._asked], timeout=0)[0]:
+            return []
+        orders = ray.get(self._asked)
+        if orders is not None:
+            self._asked = self._ask()
+        return orders
+
+    def next_order(self) -> Order | None:
+        """Waits for one order. None: the search is over."""
+        if not self._orders:
+            self._orders = self.orders(wait=True) or []
+        return self._orders.pop(0) if self._orders else None
+
+    def report(self, number: int, report: Report, *, final: bool) -> None:
+        """Hands a report to Tune, by way of the broker."""
+        ray.get(self._broker.report.remote(number, {**asdict(report), "lane": self._name}, final=final))
+
+    def fail(self, number: int, error: Exception, directory: Path) -> None:
+        """Whatever a trial raises is recorded as its failure, and the lane lives on."""
+        write_text(directory / "error.txt", "".join(traceback.format_exception(error)))
+        ray.get(self._broker.fail.remote(number, describe_failure(error)))
+        if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+            raise RuntimeError(f"the GPU cannot be used by this process any more after: {describe_failure(error)}")
+
+    def give_back(self, checkpoints: dict[int, str | None]) -> None:
+        """Sends trials back to the queue, for which there is no memory."""
+        ray.get(self._broker.give_back.remote(self._name, checkpoints))
+
+    def _ask(self) -> ray.ObjectRef:
+        return self._broker.orders.remote(self._name, self._life)
+
+
+def serve_one(engine: Engine, link: Link, run: RunDirectory) -> None:
+    """Trains one trial after another until the broker closes."""
+    while order := link.next_order():
+        if order.job is not None:  # else it is of a trial that has failed meanwhile
+            _fit(engine, link, run, order.job)
+
+
+def _fit(engine: Engine, link: Link, run: RunDirectory, job: Job) -> None:
+    def report(report: Report) -> bool:
+        final = report.step >= job.rungs[-1]
+        link.report(job.number, report, final=final)
+        order = None if final else link.next_order()
+        while order is not None and order.number != job.number:
+            order = link.next_order()
+        return order is None or order.what == "leave"
+
+    directory = run.trial(job.number)
     try:
         engine.fit(
-            Assignment(**assignment),
-            rungs=settings.rungs,
+            Assignment(**job.assignment),
+            rungs=job.rungs,
             directory=directory,
             report=report,
-            resume_from=resume_from,
+            resume_from=job.resume_from,
         )
-    except Exception as error:  # whatever a trial raises is recorded as its failure, and the lane lives on
-        failure = describe_failure(error)
-        poisoned = isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
-        write_text(directory / "error.txt", traceback.format_exc())
-    ray.get(settings.broker.finish.remote(settings.name, number, failure))
-    if poisoned:
-        raise RuntimeError(f"the GPU cannot be used by this process any more after: {failure}")
+    except Exception as error:
+        link.fail(job.number, error, directory)
+
+
+def serve_pack(engine: PackedEngine, link: Link, run: RunDirectory) -> None:
+    """Trains whatever trials the broker sends, together, until it closes."""
+    while (orders := link.orders(wait=not engine.training)) is not None:
+        for order in orders:
+            if order.job is not None:
+                _join(engine, link, run, order.job)
+            elif order.what == "go_on":
+                engine.go_on(order.number)
+            elif order.number in engine.trials:
+                engine.remove(order.number)
+        if engine.training:
+            _step(engine, link, run)
+
+
+def _join(engine: PackedEngine, link: Link, run: RunDirectory, job: Job) -> None:
+    try:
+        engine.add(
+            job.number,
+            Assignment(**job.assignment),
+            rungs=job.rungs,
+            directory=run.trial(job.number),
+            resume_from=job.resume_from,
+        )
+    except torch.OutOfMemoryError as error:
+        if not engine.trials:
+            link.fail(job.number, error, run.trial(job.number))
+        link.give_back({job.number: job.resume_from})
+    except Exception as error:
+        link.fail(job.number, error, run.trial(job.number))
+
+
+def _step(engine: PackedEngine, link: Link, run: RunDirectory) -> None:
+    try:
+        reports = engine.step()
+    except torch.OutOfMemoryError as error:
+        if len(engine.trials) > 1:
+            link.give_back(engine.shrink())
+            return
+        reports = dict.fromkeys(engine.trials, error)
+    for number, report in reports.items():
+        if isinstance(report, Report):
+            final = report.step >= engine.trials[number].rungs[-1]
+            link.report(number, report, final=final)
+        else:
+            final = True
+            link.fail(number, report, run.trial(number))
+        if final:
+            engine.remove(number)
 
 
 def describe_failure(error: Exception) -> str:
@@ -159,8 +258,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0][:300]
 
 
-def _facts(settings: LaneSettings, seconds: float) -> dict[str, Any]:
+def _facts(settings: LaneSettings, engine: Engine | PackedEngine, seconds: float) -> dict[str, Any]:
     return {
+        "engine": type(engine).__name__,
+        "reason": getattr(engine, "reason", None),
+        "places": engine.places if isinstance(engine, PackedEngine) else 1,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "device": torch.cuda.get_device_name() if settings.on_gpu else "cpu",

@@ -26,7 +26,8 @@ def eval_loss(model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int
     total, count = 0.0, 0
     for input_ids, labels in _batches(part, batch_size, pad_token_id):
         with torch.inference_mode():
-            logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits[:, :-1].float()
+            logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits[:, :-1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             targets = labels[:, 1:].to(logits.device)
             total += float(cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"))
         count += int((targets != IGNORE).sum())

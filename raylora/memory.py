@@ -9,11 +9,23 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from raylora.base_model import is_target
+from raylora.config import SearchSection
+
 MIB = 2**20
 NF4_BITS = 4.127
 NF4_BITS_SINGLE = 4.5
 ADAPTER_BYTES = 16
 """Per trained parameter in float32: weight, gradient, Adam's two moments."""
+
+
+TOKENS_PER_PASS = {"gpu": 4096, "cpu": 512}
+"""Tokens from which on a pass through the base is limited by arithmetic, so that more at once do not pay."""
+
+
+def tokens_per_pass(section: SearchSection, *, on_gpu: bool) -> int:
+    """As set, or by the kind of device."""
+    return section.tokens_per_pass or TOKENS_PER_PASS["gpu" if on_gpu else "cpu"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class MemoryEstimate:
 
 def adapter_parameters(shapes: dict[str, tuple[int, int]], targets: list[str], r: int) -> int:
     """Trainable parameters: r * (in + out) for each adapted layer (LoRA, arXiv:2106.09685, section 4.1)."""
-    adapted = [shape for name, shape in shapes.items() if _matches(name, targets)]
+    adapted = [shape for name, shape in shapes.items() if is_target(name, targets)]
     return sum(r * (in_features + out_features) for in_features, out_features in adapted)
 
 
@@ -74,7 +86,3 @@ def estimate_memory(
     return MemoryEstimate(
         base / MIB, ADAPTER_BYTES * n_adapter_parameters / MIB, rows * length * (per_token + logits) / MIB
     )
-
-
-def _matches(name: str, targets: list[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -16,7 +16,7 @@ from raylora.cluster import Devices
 from raylora.config import SearchConfig
 from raylora.data import PreparedData, prepare_data
 from raylora.errors import DeviceError
-from raylora.memory import MemoryEstimate, adapter_parameters, estimate_memory
+from raylora.memory import MemoryEstimate, adapter_parameters, estimate_memory, tokens_per_pass
 from raylora.run_directory import RunDirectory
 from raylora.space import Cases, Choice, Fixed, Kind, Range
 
@@ -31,6 +31,9 @@ class Plan:
     rungs: list[int]
     on_gpu: bool
     n_lanes: int
+    places: int
+    """Trials at once on each lane, at most."""
+
     threads: int
     memory: MemoryEstimate
     """Of the largest trial that the space allows."""
@@ -67,9 +70,11 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         data=data,
         checkpoint=checkpoint,
         commit=getattr(model_config, "_commit_hash", None),
-        rungs=config.rungs(max_steps(config, data)),
+        # a resumed search keeps its rungs, whatever its number of trials is now
+        rungs=run.provenance()["rungs"] if run.provenance_file.is_file() else config.rungs(max_steps(config, data)),
         on_gpu=on_gpu,
         n_lanes=n_lanes,
+        places=plan_places(config, data, on_gpu=on_gpu, n_lanes=n_lanes),
         threads=max(1, devices.n_cpus // n_lanes),
         memory=memory,
     )
@@ -90,6 +95,22 @@ def plan_lanes(config: SearchConfig, devices: Devices) -> tuple[bool, int]:
         raise DeviceError(f"search.lanes must be at most the {available} {kind}s of {devices.where}, found {wanted}")
     default = devices.n_gpus if on_gpu else 1
     return on_gpu, min(wanted or default, config.n_trials())
+
+
+def plan_places(config: SearchConfig, data: PreparedData, *, on_gpu: bool, n_lanes: int) -> int:
+    """Trials at once on each lane: as asked, or as many as fill a pass through the base, and one more.
+
+    More would not make a pass cheaper; the one more trains while the others wait for what becomes of them at a rung.
+    The lane takes fewer where its memory asks for it.
+    """
+    share = math.ceil(config.n_trials() / n_lanes)
+    if config.search.engine == "trl":
+        return 1
+    if config.search.trials_per_gpu != "auto":
+        return min(config.search.trials_per_gpu, share)
+    train = data.summaries["train"]
+    smallest = min(_possible(config, "per_device_train_batch_size")) * train.tokens / train.rows
+    return min(int(tokens_per_pass(config.search, on_gpu=on_gpu) / smallest) + 1, share)
 
 
 def max_steps(config: SearchConfig, data: PreparedData) -> int:

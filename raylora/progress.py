@@ -7,7 +7,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raylora.records import Records, TrialRow
+from raylora.records import ENDED, Records, TrialRow
 
 MAX_ROWS = 20
 
@@ -18,7 +18,7 @@ class Progress:
     def __init__(self, records: Records, n_trials: int, rungs: list[int], console: Console) -> None:
         self._records, self._n_trials, self._rungs, self._console = records, n_trials, rungs, console
         self._began = time.monotonic()
-        self._n_before = len(records.trials) - records.count("running")
+        self._n_before = sum(records.count(state) for state in ENDED)
         self._live = (
             Live(console=console, refresh_per_second=2, get_renderable=self._render) if console.is_terminal else None
         )
@@ -58,8 +58,8 @@ class Progress:
     def summary(self) -> str:
         """Counts, best so far and time left, in one line."""
         records = self._records
-        ended = sum(records.count(state) for state in ("finished", "stopped", "failed"))
-        counts = ", ".join(f"{records.count(state)} {state}" for state in ("finished", "stopped", "failed", "running"))
+        ended = sum(records.count(state) for state in ENDED)
+        counts = ", ".join(f"{records.count(state)} {state}" for state in (*ENDED, "paused", "running"))
         best = records.best()
         best_text = (
             f"best {best.eval_loss:.4f} (trial {best.number})" if best and best.eval_loss is not None else "no best yet"
@@ -79,7 +79,7 @@ class Progress:
             table.add_column(column, justify="left" if column == "state" else "right")
         best = self._records.best()
         for trial in list(self._records.trials.values())[-MAX_ROWS:]:
-            style = {"failed": "red", "stopped": "dim", "running": "cyan"}.get(trial.state)
+            style = {"failed": "red", "stopped": "dim", "paused": "dim", "running": "cyan"}.get(trial.state)
             table.add_row(*_cells(trial), style="bold green" if best and trial.number == best.number else style)
         return Group(table, Text(self.summary()))
 

@@ -7,6 +7,8 @@ import ray
 from ray import tune
 from ray.actor import ActorHandle
 
+from raylora.broker import Job
+
 
 class TrialProxy(tune.Trainable):
     """Reused from trial to trial. A failed trial ends with a result that says so: an error would cost the actor."""
@@ -20,12 +22,12 @@ class TrialProxy(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        number = self._config["number"]
+        job = Job(**self._config["job"])
         if not self._submitted:
-            ray.get(self._broker.submit.remote(number, self._config["assignment"], self._config["resume_from"]))
+            ray.get(self._broker.submit.remote(job))
             self._submitted = True
-        report = ray.get(self._broker.next_report.remote(number))
-        # Tune insists on the metric in every result; without a step ASHA does not count it
+        report = ray.get(self._broker.next_report.remote(job.number))
+        # Tune insists on the metric in every result; without a step it does not count
         return {"eval_loss": math.nan, **report, "done": report.get("step", self._max_steps) >= self._max_steps}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

@@ -1,8 +1,9 @@
 """Keeps the table of trials and the table of reports as Parquet files, whole after every change."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from raylora.run_directory import RunDirectory
 from raylora.space import Assignment
 from raylora.tables import markdown_table
 
-STATES = ("running", "finished", "stopped", "failed")
+STATES = ("running", "paused", "finished", "stopped", "failed")
+ENDED = ("finished", "stopped", "failed")
 TIMES = ("train_seconds", "eval_seconds", "other_seconds")
 
 
@@ -73,6 +75,8 @@ class TrialRow:
     checkpoint: str | None
     started_at: float
     ended_at: float | None
+    repeat_of: int | None = None
+    """Number of the trial whose assignment this one trains again with another seed."""
 
     def assignment(self) -> Assignment:
         """The trial's hyperparameters."""
@@ -99,7 +103,7 @@ class Records:
             records.history = [HistoryRow(**row) for row in pa.parquet.read_table(run.history_file).to_pylist()]
         return records
 
-    def started(self, number: int, assignment: Assignment, max_steps: int) -> None:
+    def started(self, number: int, assignment: Assignment, max_steps: int, repeat_of: int | None = None) -> None:
         """A trial begins, or goes on after a resumed search."""
         if number not in self.trials:
             unknown = dict.fromkeys(field.name for field in fields(TrialRow))
@@ -109,6 +113,7 @@ class Records:
                 "step": 0,
                 "max_steps": max_steps,
                 "started_at": self._clock(),
+                "repeat_of": repeat_of,
             }
             self.trials[number] = TrialRow(**{**unknown, **assignment.model_dump(), **known})
         self._save()
@@ -123,9 +128,17 @@ class Records:
         self.trials[number] = replace(before, **known, tokens_per_second=values["tokens_seen"] / times["train_seconds"])
         self._save()
 
+    def paused(self, number: int) -> None:
+        """A trial waits at a rung for others."""
+        self._set_state(number, "paused")
+
+    def resumed(self, number: int) -> None:
+        """A paused trial goes on."""
+        self._set_state(number, "running")
+
     def ended(self, number: int, state: str, reason: str | None = None) -> None:
         """A trial is finished, stopped or failed."""
-        assert state in STATES
+        assert state in ENDED
         now = self._clock()
         trial = self.trials[number]
         self.trials[number] = replace(
@@ -134,26 +147,74 @@ class Records:
         self._save()
 
     def best(self) -> TrialRow | None:
-        """The trial of lowest validation loss among those that reached the full budget."""
-        finished = [
-            trial for trial in self.trials.values() if trial.state == "finished" and trial.eval_loss is not None
-        ]
-        return min(finished, key=lambda trial: trial.eval_loss, default=None)  # type: ignore[arg-type,return-value]
+        """The trial of lowest validation loss among those that reached the full budget.
+
+        Where assignments were repeated with other seeds, the one of lowest mean is chosen among them, and its best run.
+        """
+        finished = [trial for trial in self.trials.values() if _final_loss(trial) < math.inf]
+        repeated = _repeated(finished)
+        if not repeated:
+            return min(finished, key=_final_loss, default=None)
+        chosen = min(repeated, key=lambda number: statistics.fmean(self._final_losses(number)))
+        return min(self.runs_of(chosen), key=_final_loss)
+
+    def leaders(self, n: int) -> list[TrialRow]:
+        """The n assignments that came furthest, and there had the lowest validation loss."""
+        known = [trial for trial in self.trials.values() if trial.repeat_of is None and trial.eval_loss is not None]
+        kept = [trial for trial in known if trial.state != "failed"]
+        return sorted(kept, key=lambda trial: (-trial.step, trial.eval_loss))[:n]
+
+    def runs_of(self, number: int) -> list[TrialRow]:
+        """A trial and its repetitions."""
+        return [trial for trial in self.trials.values() if number in (trial.number, trial.repeat_of)]
+
+    def repetitions(self) -> list[dict[str, Any]]:
+        """One row for each repeated assignment, lowest mean first: final validation losses over seeds."""
+        rows = []
+        for number in _repeated(self.trials.values()):
+            losses = self._final_losses(number)
+            if losses:
+                mean, spread = statistics.fmean(losses), max(losses) - min(losses)
+                rows.append({"number": number, "n": len(losses), "eval_loss_mean": mean, "eval_loss_spread": spread})
+        return sorted(rows, key=lambda row: row["eval_loss_mean"])
+
+    def numbers(self, state: str) -> set[int]:
+        """Trials in one state."""
+        return {trial.number for trial in self.trials.values() if trial.state == state}
 
     def count(self, state: str) -> int:
-        """Trials in one state."""
-        return sum(trial.state == state for trial in self.trials.values())
+        """How many trials are in one state, repetitions aside."""
+        return sum(trial.state == state and trial.repeat_of is None for trial in self.trials.values())
+
+    def _final_losses(self, number: int) -> list[float]:
+        return [_final_loss(trial) for trial in self.runs_of(number) if _final_loss(trial) < math.inf]
+
+    def _set_state(self, number: int, state: str) -> None:
+        self.trials[number] = replace(self.trials[number], state=state)
+        self._save()
 
     def _save(self) -> None:
         write_table(self._run.trials_file, [asdict(trial) for trial in self.trials.values()], TRIALS_SCHEMA)
         write_table(self._run.history_file, [asdict(row) for row in self.history], HISTORY_SCHEMA)
 
 
+def _final_loss(trial: TrialRow) -> float:
+    """Validation loss at the full budget; infinite for a trial that did not get there."""
+    return trial.eval_loss if trial.state == "finished" and trial.eval_loss is not None else math.inf
+
+
+def _repeated(trials: Iterable[TrialRow]) -> set[int]:
+    """Numbers of the trials whose assignments were trained again."""
+    return {trial.repeat_of for trial in trials if trial.repeat_of is not None}
+
+
 def rank_vs_loss(trials: list[TrialRow], history: list[HistoryRow]) -> list[dict[str, Any]]:
     """One row per r: counts, and the validation loss at equal steps.
 
     Losses are compared at the full budget among finished trials, and at the first rung among all that reached it.
+    Repetitions are left out: they are of chosen trials only.
     """
+    trials = [trial for trial in trials if trial.repeat_of is None]
     first_rung = min((row.step for row in history), default=0)
     at_first = {row.number: row.eval_loss for row in history if row.step == first_rung}
     rows = []
@@ -165,7 +226,7 @@ def rank_vs_loss(trials: list[TrialRow], history: list[HistoryRow]) -> list[dict
             {
                 "r": r,
                 "n": len(mine),
-                **{f"n_{state}": sum(trial.state == state for trial in mine) for state in STATES[1:]},
+                **{f"n_{state}": sum(trial.state == state for trial in mine) for state in ENDED},
                 "max_steps": mine[0].max_steps,
                 "eval_loss_best": min(final, default=None),
                 "eval_loss_median": statistics.median(final) if final else None,

@@ -13,6 +13,7 @@ import ray
 import typer
 from rich.console import Console
 
+from raylora.bookkeeper import reconcile
 from raylora.cluster import cluster_devices, connected, local_devices, local_ray
 from raylora.commands import command, console, parse_overrides, run_command
 from raylora.config import SearchConfig, dump_config, load_config
@@ -26,7 +27,7 @@ from raylora.records import Records
 from raylora.report import summarize, write_report
 from raylora.run_directory import RunDirectory, check_same_data, open_run, start
 from raylora.study import Study
-from raylora.tuning import reconcile, run_search, start_broker
+from raylora.tuning import run_search, start_broker
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "qlora.yaml"
 
@@ -75,7 +76,7 @@ def _search(run: RunDirectory, config: SearchConfig, plan: Plan, screen: Console
             config=config,
             run_path=run.path,
             tokens_dir=plan.data.tokens_dir,
-            rungs=plan.rungs,
+            places=plan.places,
             on_gpu=plan.on_gpu,
             threads=plan.threads,
         )
@@ -83,7 +84,7 @@ def _search(run: RunDirectory, config: SearchConfig, plan: Plan, screen: Console
     ]
     try:
         with Progress(records, config.n_trials(), plan.rungs, screen) as progress:
-            run_search(run, settings, broker, progress, records, study)
+            run_search(run, settings, plan.rungs, broker, progress, records, study)
             screen.print(progress.summary())
     except KeyboardInterrupt:
         screen.print(f"interrupted; everything is kept. Go on with: --output {run.path} --resume")
@@ -110,7 +111,8 @@ def _show_plan(screen: Console, config: SearchConfig, plan: Plan) -> None:
     screen.print(
         f"trials: {config.n_trials()} of at most {plan.rungs[-1]} steps, validated at steps "
         f"{', '.join(map(str, plan.rungs))}\n"
-        f"lanes: {plan.n_lanes} on {'a GPU' if plan.on_gpu else 'the CPU'} each, {plan.threads} threads\n"
+        f"lanes: {plan.n_lanes} on {'a GPU' if plan.on_gpu else 'the CPU'} each, {plan.threads} threads, up to "
+        f"{plan.places} trials at once\n"
         f"memory of the largest trial, estimated: {memory.total_mib:.0f} MiB (base {memory.base_mib:.0f}, adapter and "
         f"optimizer {memory.adapter_mib:.0f}, activations {memory.activations_mib:.0f})"
     )

@@ -5,6 +5,7 @@ Ray's OptunaSearch tells a stopped trial's early loss as if it were final, and a
 constraint, which TPE ranks below every feasible trial.
 """
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,18 @@ class Study:
             for number, point in enumerate(points, 1):
                 self._study.enqueue_trial(self._space.to_optuna(point, where=f"starting point {number}"))
 
-    def ask(self) -> tuple[int, Assignment]:
-        """The next assignment to train: parameters outside the space keep the training section's values."""
+    def ask(self, paused: Set[int] = frozenset()) -> tuple[int, Assignment]:
+        """The next assignment to train: parameters outside the space keep the training section's values.
+
+        Args:
+            paused: trials that wait at a rung. They are open for Optuna, whose sampler would think nothing of them; it
+                is shown them as pruned, so that it learns from their intermediate losses.
+        """
+        waiting = any(trial.state == TrialState.WAITING for trial in self._study.trials)
+        if paused and not waiting:
+            view = self._with_pruned(paused).ask()
+            self._space.suggest(view)
+            self._study.enqueue_trial(view.params)
         trial = self._study.ask()
         values = {name: getattr(self._config.training, name, None) for name in Assignment.model_fields}
         if isinstance(values["target_modules"], list):
@@ -49,10 +60,24 @@ class Study:
         trial.set_user_attr("assignment", assignment.model_dump())
         return trial.number, assignment
 
+    def repeat(self, number: int, seed: int) -> tuple[int, Assignment]:
+        """A new trial with the assignment of another and a seed of its own; it counts as no proposal."""
+        other = self._study.trials[number]
+        assignment = Assignment.model_validate({**other.user_attrs["assignment"], "seed": seed})
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=other.params,
+                distributions=other.distributions,
+                user_attrs={"assignment": assignment.model_dump(), "repeat_of": number},
+            )
+        )
+        return self._study.trials[-1].number, assignment
+
     def n_asked(self) -> int:
         """Trials proposed so far, whatever became of them."""
         return sum(
-            trial.state != TrialState.WAITING and "assignment" in trial.user_attrs for trial in self._study.trials
+            "assignment" in trial.user_attrs and "repeat_of" not in trial.user_attrs for trial in self._study.trials
         )
 
     def running(self) -> dict[int, Assignment]:
@@ -90,6 +115,15 @@ class Study:
 
     def _trial(self, number: int) -> optuna.trial.Trial:
         return optuna.trial.Trial(self._study, self._study.trials[number]._trial_id)
+
+    def _with_pruned(self, paused: Set[int]) -> optuna.Study:
+        """A copy of the study in memory, in which paused trials are pruned."""
+        copy = optuna.create_study(direction="minimize", sampler=self._sampler(n_lanes=2))
+        for trial in self._study.trials:
+            if trial.number in paused:
+                trial.state, trial.datetime_complete = TrialState.PRUNED, trial.datetime_start
+            copy.add_trial(trial)
+        return copy
 
     def _sampler(self, n_lanes: int) -> optuna.samplers.BaseSampler:
         # a resumed search must not draw the same points again, hence the number of trials in the seed

@@ -14,8 +14,9 @@ from raylora.commands import command, console, parse_overrides, run_command
 from raylora.config import load_config
 from raylora.plan import make_plan
 from raylora.run_directory import open_run
+from raylora.rung import Report
 from raylora.study import Study
-from raylora.training import Report, TrlEngine
+from raylora.training import TrlEngine
 
 
 @command

@@ -1,4 +1,4 @@
-"""Runs one search: Ray Tune's trials, Optuna's proposals and ASHA's decisions on resident lanes."""
+"""Runs one search: Ray Tune drives the bookkeeper's trials on resident lanes."""
 
 import resource
 import signal
@@ -6,23 +6,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import ray
 from ray import tune
 from ray.actor import ActorHandle
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.schedulers import FIFOScheduler
 
+from raylora.bookkeeper import Bookkeeper
 from raylora.broker import Broker
 from raylora.errors import SearchError
 from raylora.files import write_json
 from raylora.lane import LaneSettings, describe_failure, lane_trainer
 from raylora.progress import Progress
 from raylora.proxy import TrialProxy
-from raylora.records import HistoryRow, Records
+from raylora.records import Records
 from raylora.run_directory import RunDirectory
 from raylora.study import Study
 
@@ -30,129 +28,10 @@ PATIENCE_SECONDS = 120
 """After so long without a lane, the user is told what it may be waiting for."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """When a search ends."""
-
-    n_trials: int
-    max_steps: int
-    max_initial_failures: int
-    time_budget_minutes: float | None
-
-
-class Bookkeeper(Searcher):
-    """Tune's searcher: asks Optuna for assignments, and tells it and the tables what became of them.
-
-    Every event of a trial passes here, so here alone its state is decided: finished when it reached the full budget,
-    failed when it raised, stopped otherwise.
-    """
-
-    def __init__(
-        self,
-        study: Study,
-        records: Records,
-        broker: ActorHandle,
-        limits: Limits,
-        progress: Progress,
-    ) -> None:
-        super().__init__(metric="eval_loss", mode="min")
-        self._study, self._records, self._broker = study, records, broker
-        self._limits, self._progress = limits, progress
-        self._numbers: dict[str, int] = {}
-        self._to_resume = study.running()
-        self._began = time.monotonic()
-        self.no_lane: str | None = None
-        """Why the last lane is gone, once it is."""
-
-        self.interrupted = False
-        """Set by Ctrl-C; trials under way then stay running, for a resumed search to take up."""
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        if self.interrupted or self.no_lane or self.gave_up() or self._out_of_time():
-            return Searcher.FINISHED
-        resume_from = None
-        if self._to_resume:
-            number = min(self._to_resume)
-            assignment = self._to_resume.pop(number)
-            if number in self._records.trials:
-                resume_from = self._records.trials[number].checkpoint
-        elif self._study.n_asked() < self._limits.n_trials:
-            number, assignment = self._study.ask()
-        else:
-            return Searcher.FINISHED
-        self._numbers[trial_id] = number
-        self._records.started(number, assignment, self._limits.max_steps)
-        self._progress.changed()
-        return {"number": number, "assignment": assignment.model_dump(), "resume_from": resume_from}
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        number = self._numbers[trial_id]
-        if result.get("step", 0) > self._records.trials[number].step:
-            self._study.report(number, result["step"], result["eval_loss"])
-            self._records.reported(number, result)
-            self._progress.reported(number)
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if self.interrupted:
-            return
-        number = self._numbers[trial_id]
-        result = result or {}
-        self.on_trial_result(trial_id, result)
-        trial = self._records.trials[number]
-        reason = "Tune's actor of the trial died" if error else result.get("failure")
-        if "no_lane" in result:
-            self.no_lane = result["no_lane"]  # the trial stays running, for a resumed search to take up
-            return
-        if reason is not None:
-            self._records.ended(number, "failed", reason)
-            self._study.fail(number, reason)
-        elif trial.step >= self._limits.max_steps and trial.eval_loss is not None:
-            self._records.ended(number, "finished")
-            self._study.finish(number, trial.eval_loss)
-        else:
-            self._records.ended(number, "stopped", f"ASHA at step {trial.step}")
-            self._study.stop(number)
-        self._broker.stop.remote(number)
-        self._progress.ended(number)
-
-    def gave_up(self) -> bool:
-        """Whether the first trials all failed."""
-        ended = [trial for trial in self._records.trials.values() if trial.state != "running"]
-        return len(ended) >= self._limits.max_initial_failures and all(trial.state == "failed" for trial in ended)
-
-    def _out_of_time(self) -> bool:
-        budget = self._limits.time_budget_minutes
-        return budget is not None and time.monotonic() - self._began > 60 * budget
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its searcher for `Tuner.restore`, which is not used here; see `reconcile`."""
-        return {}
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: study and tables are on disk after every event."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore, likewise."""
-
-
-def reconcile(study: Study, records: Records) -> None:
-    """Makes the study agree with the tables, which are written first, after a kill between the two."""
-    study.discard_unassigned()
-    for number in study.running():
-        trial = records.trials.get(number)
-        if trial is None or trial.state == "running":
-            continue
-        if trial.state == "finished" and trial.eval_loss is not None:
-            study.finish(number, trial.eval_loss)
-        elif trial.state == "stopped":
-            study.stop(number)
-        else:
-            study.fail(number, trial.reason or "unknown")
-
-
 def run_search(
     run: RunDirectory,
     settings: list[LaneSettings],
+    rungs: list[int],
     broker: ActorHandle,
     progress: Progress,
     records: Records,
@@ -163,6 +42,7 @@ def run_search(
     Args:
         run: receives tables, study, checkpoints and logs.
         settings: one per lane.
+        rungs: optimizer steps at which trials are compared; the last is the full budget.
         broker: from `start_broker`.
         progress: shown as the search goes on.
         records: the run's tables, as they stand.
@@ -172,9 +52,7 @@ def run_search(
         SearchError: the first trials all failed, no trial finished, or no lane came up.
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything is kept.
     """
-    config, rungs = settings[0].config, settings[0].rungs
-    limits = Limits(config.n_trials(), rungs[-1], config.search.max_initial_failures, config.search.time_budget_minutes)
-    bookkeeper = Bookkeeper(study, records, broker, limits, progress)
+    bookkeeper = Bookkeeper(settings[0].config, rungs, len(settings), study, records, broker, progress)
     ending = threading.Event()
     lanes = [_start_lane(lane, ending) for lane in settings]
     patience = threading.Timer(PATIENCE_SECONDS, _say_what_is_missing, [broker, progress, settings[0].on_gpu])
@@ -189,9 +67,8 @@ def run_search(
             ),
             tune_config=tune.TuneConfig(
                 search_alg=bookkeeper,
-                scheduler=_scheduler(config.search.scheduler, rungs, config.search.reduction_factor, records.history),
-                num_samples=-1,
-                max_concurrent_trials=len(settings),
+                scheduler=_RungScheduler(bookkeeper),
+                num_samples=-1,  # the bookkeeper says when to end, and how many train at once
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -202,11 +79,7 @@ def run_search(
             ),
         )
         with _interrupting(bookkeeper):
-            try:
-                tuner.fit()
-            except Exception:  # whatever Tune stumbles over while it is being ended is no news
-                if not bookkeeper.interrupted:
-                    raise
+            tuner.fit()
     finally:
         patience.cancel()
         ending.set()
@@ -224,6 +97,17 @@ def run_search(
         raise SearchError(_failures("the first trials all failed", records))
     if records.best() is None:
         raise SearchError(_failures("no trial reached the full budget", records))
+
+
+class _RungScheduler(FIFOScheduler):
+    """Lets a trial go on past a rung or ends its leg, as the bookkeeper decides."""
+
+    def __init__(self, bookkeeper: Bookkeeper) -> None:
+        super().__init__()
+        self._bookkeeper = bookkeeper
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return self.CONTINUE if self._bookkeeper.goes_on(trial.trial_id, result) else self.STOP
 
 
 class _StopWhenInterrupted(tune.Stopper):
@@ -293,26 +177,6 @@ def _start_lane(settings: LaneSettings, ending: threading.Event) -> threading.Th
     thread = threading.Thread(target=run, name=f"lane-{settings.name}", daemon=True)
     thread.start()
     return thread
-
-
-def _scheduler(name: str, rungs: list[int], reduction_factor: int, history: list[HistoryRow]) -> TrialScheduler:
-    """ASHA that has already seen the reports of an earlier session."""
-    if name == "none":
-        return FIFOScheduler()
-    scheduler = ASHAScheduler(
-        time_attr="step",
-        metric="eval_loss",
-        mode="min",
-        max_t=rungs[-1],
-        grace_period=rungs[0],
-        reduction_factor=reduction_factor,
-    )
-    for number in {row.number for row in history}:
-        scheduler.on_trial_add(None, SimpleNamespace(trial_id=f"earlier-{number}"))
-    for row in history:
-        result = {"step": row.step, "eval_loss": row.eval_loss}
-        scheduler.on_trial_result(None, SimpleNamespace(trial_id=f"earlier-{row.number}"), result)
-    return scheduler
 
 
 def _failures(what: str, records: Records) -> str:

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from raylora.config import SearchConfig
+from raylora.rung import Report
 from raylora.space import Assignment
-from raylora.training import Report
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,15 @@ class FakeEngine:
     step_seconds: float = 0.0
 
     @classmethod
-    def load(cls, config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str) -> "FakeEngine":
-        return cls(cache_dir)
+    def load(cls, config: SearchConfig, **kwargs: Any) -> "FakeEngine":
+        return cls(kwargs["cache_dir"])
 
     @classmethod
-    def load_slow(cls, config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str) -> "FakeEngine":
-        return cls(cache_dir, step_seconds=0.05)
+    def load_slow(cls, config: SearchConfig, **kwargs: Any) -> "FakeEngine":
+        return cls(kwargs["cache_dir"], step_seconds=0.05)
 
     @classmethod
-    def load_broken(cls, config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str) -> "FakeEngine":
+    def load_broken(cls, config: SearchConfig, **kwargs: Any) -> "FakeEngine":
         raise OSError("no weights here")
 
     def fit(

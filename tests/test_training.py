@@ -16,8 +16,9 @@ from raylora.config import SearchConfig
 from raylora.data import load_part, prepare_data
 from raylora.errors import TrialError
 from raylora.losses import eval_loss
+from raylora.rung import Report
 from raylora.space import Assignment
-from raylora.training import Report, TrlEngine
+from raylora.training import TrlEngine
 
 RUNGS = [1, 3, 9]
 

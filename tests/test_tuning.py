@@ -10,6 +10,7 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
+from raylora.bookkeeper import reconcile
 from raylora.cluster import Devices, local_ray
 from raylora.config import SearchConfig
 from raylora.errors import SearchError
@@ -18,7 +19,7 @@ from raylora.progress import Progress
 from raylora.records import Records
 from raylora.run_directory import RunDirectory
 from raylora.study import Study
-from raylora.tuning import reconcile, run_search, start_broker
+from raylora.tuning import run_search, start_broker
 from tests.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.ray
@@ -62,12 +63,12 @@ def search(make_config: Callable[..., SearchConfig], tmp_path: Path) -> Callable
         reconcile(study, records)
         broker = start_broker(n_lanes)
         settings = [
-            LaneSettings(str(lane), broker, config, run.path, tmp_path / "tokens", RUNGS, False, 1, load_engine)
+            LaneSettings(str(lane), broker, config, run.path, tmp_path / "tokens", 1, False, 1, load_engine)
             for lane in range(n_lanes)
         ]
         output.truncate(0)
         with Progress(records, config.n_trials(), RUNGS, Console(file=output, width=200)) as progress:
-            run_search(run, settings, broker, progress, records, study)
+            run_search(run, settings, RUNGS, broker, progress, records, study)
         return records
 
     output = io.StringIO()
@@ -84,26 +85,23 @@ def study_of(tmp_path: Path) -> optuna.Study:
 
 
 def test_weak_trials_stop_early_and_the_search_goes_on(search: Callable[..., Records], tmp_path: Path) -> None:
-    # best first: with a reduction factor of 3, a trial goes on past a rung only among its best third there
-    records = search([(8, 9e-3), (8, 1e-4), (8, 2e-4), (8, 5e-4), (8, 9.5e-3)])
-    assert states(records) == ["finished", "stopped", "stopped", "stopped", "finished"]
-    assert [records.trials[number].step for number in range(5)] == [27, 3, 3, 3, 27]
+    # six reach step 3, the best two of them step 9, the better one of those the end, though it came last
+    records = search([(8, 9e-3), (8, 1e-4), (8, 2e-4), (8, 5e-4), (8, 9.5e-3), (8, 3e-4)])
+    assert states(records) == ["stopped", "stopped", "stopped", "stopped", "finished", "stopped"]
+    assert [records.trials[number].step for number in range(6)] == [9, 3, 3, 3, 27, 3]
+    order = [(row.number, row.step) for row in records.history]
+    assert [step for _, step in order] == [3] * 6 + [9] * 2 + [27]
     best = records.best()
     assert best is not None
     assert best.number == 4
     told = study_of(tmp_path).trials
-    assert [trial.state for trial in told] == [
-        TrialState.COMPLETE,
-        TrialState.PRUNED,
-        TrialState.PRUNED,
-        TrialState.PRUNED,
-        TrialState.COMPLETE,
-    ]
+    assert [trial.state for trial in told] == [*[TrialState.PRUNED] * 4, TrialState.COMPLETE, TrialState.PRUNED]
     assert list(told[1].intermediate_values) == [3]
-    assert list(told[0].intermediate_values) == RUNGS
+    assert list(told[0].intermediate_values) == [3, 9]
+    assert list(told[4].intermediate_values) == RUNGS
     # a stopped trial never stands as finished, neither for Optuna nor in the table
     assert study_of(tmp_path).best_trial.number == 4
-    assert "trial 1: stopped (ASHA at step 3)" in search.output.getvalue()
+    assert "trial 1: stopped (not promoted from step 3)" in search.output.getvalue()
 
 
 def test_failing_trials_are_recorded_with_their_reason_and_the_search_goes_on(
