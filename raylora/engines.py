@@ -69,7 +69,7 @@ def load_packed(config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, devi
         config.training,
         tokens_per_pass=tokens_per_pass(config.search, on_gpu=device != "cpu"),
         places=places,
-        autocast=dtype if device != "cpu" and dtype != torch.float32 else None,
+        autocast=dtype if dtype != torch.float32 else None,
     )
     try:
         found = engine.pack.nll([MicroBatch(_no_adapter(device), rows, rows)]).item()

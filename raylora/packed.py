@@ -15,6 +15,7 @@ what a trial learns does not depend on who trains beside it.
     # adapter.parameters now hold gradients; any torch optimizer takes it from here
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import grouped_mm
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -33,7 +35,7 @@ Shapes = dict[str, tuple[int, int]]
 
 
 class Adapter:
-    """One trial's low-rank factors: views into two flat vectors, which is all that an optimizer has to know.
+    """One trial's low-rank factors: views into two vectors, which are all that an optimizer has to know.
 
     Args:
         shapes: layers to adapt.
@@ -43,6 +45,8 @@ class Adapter:
         seed: of A's first values and of the dropout masks.
         device: where it lives.
         dtype: its own precision, whatever the base's.
+        rank_multiple: the rank is filled up to a multiple of this with zeros, which stay zero: A's new rows get their
+            gradient through B's new columns, and the other way round.
     """
 
     def __init__(
@@ -55,14 +59,22 @@ class Adapter:
         seed: int,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        rank_multiple: int = 1,
     ) -> None:
-        self.scaling, self.dropout, self.seed = scaling, dropout, seed
-        sizes_A = {name: (r, in_features) for name, (in_features, _) in shapes.items()}
-        sizes_B = {name: (out_features, r) for name, (_, out_features) in shapes.items()}
-        self.parameters = [_flat(sizes, device, dtype) for sizes in (sizes_A, sizes_B)]
-        flat_A, flat_B = self.parameters
-        self.lora_A, self.grad_A = _views(flat_A.data, sizes_A), _views(flat_A.grad, sizes_A)
-        self.lora_B, self.grad_B = _views(flat_B.data, sizes_B), _views(flat_B.grad, sizes_B)
+        self.r, self.scaling, self.dropout, self.seed = r, scaling, dropout, seed
+        rows = rank_multiple * math.ceil(r / rank_multiple)
+        self.sizes = (
+            {name: (rows, in_features) for name, (in_features, _) in shapes.items()},
+            {name: (out_features, rows) for name, (_, out_features) in shapes.items()},
+        )
+        """Of A and of B in each layer."""
+
+        self.parameters = [_zeros(sizes, device, dtype) for sizes in self.sizes]
+        """A of all layers, and B of all layers, as two vectors."""
+
+        views_A, views_B = (_views(*pair) for pair in zip(self.parameters, self.sizes, strict=True))
+        self.lora_A = {name: view.data[:r] for name, view in views_A.items()}
+        self.lora_B = {name: view.data[:, :r] for name, view in views_B.items()}
         self._draw_A()
 
     def _draw_A(self) -> None:
@@ -71,6 +83,16 @@ class Adapter:
             torch.manual_seed(self.seed)
             for view in self.lora_A.values():
                 view.copy_(nn.init.kaiming_uniform_(torch.empty(view.shape), a=math.sqrt(5)))
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Alike for adapters whose products can be taken in one call."""
+        return tuple(self.sizes[0].items())
+
+    @property
+    def n_parameters(self) -> int:
+        """Trained ones."""
+        return sum(view.numel() for views in (self.lora_A, self.lora_B) for view in views.values())
 
     def zero_grad(self) -> None:
         """Clears the gradients in place, since the views must go on pointing at them."""
@@ -117,13 +139,21 @@ class Pack:
         model: causal language model with frozen parameters, on any device.
         names: its linear layers that adapters may adapt.
         autocast: type of activations where that is not the parameters' own, e.g. bfloat16 on a GPU.
+        grouped: take the products of adapters of one shape in one call. Launching kernels for each adapter would eat up
+            what a pack gains on a GPU; on a CPU there is nothing to launch.
         chunk: positions whose logits exist at once.
     """
 
     def __init__(
-        self, model: PreTrainedModel, names: list[str], *, autocast: torch.dtype | None = None, chunk: int = 1024
+        self,
+        model: PreTrainedModel,
+        names: list[str],
+        *,
+        autocast: torch.dtype | None = None,
+        grouped: bool = False,
+        chunk: int = 1024,
     ) -> None:
-        self.model, self._autocast, self._chunk = model, autocast, chunk
+        self.model, self._autocast, self._grouped, self._chunk = model, autocast, grouped, chunk
         self.shapes: Shapes = {name: _features(model.get_submodule(name)) for name in names}
         self._layout: _Layout | None = None
         self._handles = [
@@ -137,6 +167,7 @@ class Pack:
         self._attention_before = model.config._attn_implementation
         self._attention = f"within-rows-{id(self)}"
         ALL_ATTENTION_FUNCTIONS[self._attention] = self._attend_within_rows
+        model.eval()
         model.set_attn_implementation(self._attention)
 
     def close(self) -> None:
@@ -157,6 +188,8 @@ class Pack:
         nll, grad_hidden = self._cross_entropy(hidden.detach(), layout, with_gradient=True)
         hidden.backward(grad_hidden)
         self._layout = None
+        for group in layout.groups:
+            group.hand_out_gradients()
         return layout.weights * layout.sums(nll)
 
     @torch.no_grad()
@@ -169,15 +202,16 @@ class Pack:
 
     def _train(self, training: bool) -> None:
         """Gradient checkpointing needs training mode; the base's own dropout would tie a trial to its pack."""
-        self.model.train(training)
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()
+        if self.model.training != training:
+            self.model.train(training)
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
 
     def _hidden(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, "_Layout"]:
         """(n, hidden_size) last hidden states at the n positions whose next token bears loss."""
         device = self.model.device
-        self._layout = layout = _Layout(micro_batches, device)
+        self._layout = layout = _Layout(micro_batches, device, self._autocast, grouped=self._grouped)
         backbone = getattr(self.model, self.model.base_model_prefix)
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
             output = backbone(input_ids=layout.input_ids[None], position_ids=layout.position_ids[None], use_cache=False)
@@ -185,10 +219,8 @@ class Pack:
 
     def _add_updates(self, layer: int, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-            if self._layout is None:
-                return None
-            shares = [share for share in self._layout.shares if name in share.adapter.lora_A]
-            return _LowRankUpdates.apply(output, inputs[0], layer, name, shares) if shares else None
+            groups = [group for group in self._layout.groups if name in group.lora_A] if self._layout else []
+            return _LowRankUpdates.apply(output, inputs[0], layer, name, groups) if groups else None
 
         return hook
 
@@ -278,23 +310,105 @@ class _Share:
         return self.adapter.scaling / (1.0 if self.key is None else 1 - self.adapter.dropout)
 
 
+class _Group:
+    """Shares of adapters of one shape that lie one behind the other, so that each product of theirs is one call.
+
+    A share that is alone works on its adapter's own memory; the factors of several are stacked for this pass.
+    """
+
+    def __init__(self, shares: list[_Share], autocast: torch.dtype | None) -> None:
+        self.shares = shares
+        self.tokens = slice(shares[0].tokens.start, shares[-1].tokens.stop)
+        self._adapters = [share.adapter for share in shares]
+        parameters = [[adapter.parameters[factor] for adapter in self._adapters] for factor in (0, 1)]
+        device, self.dtype = parameters[0][0].device, autocast or parameters[0][0].dtype
+        sizes = self._adapters[0].sizes
+        if len(shares) == 1:
+            stacks = [one.detach()[None] for (one,) in parameters]
+            self._gradients = [one.grad[None] for (one,) in parameters]
+            self.scaling: float | Tensor = shares[0].scaling
+        else:
+            stacks = [torch.stack([one.detach() for one in several]) for several in parameters]
+            self._gradients = [torch.zeros_like(stack) for stack in stacks]
+            lengths = torch.tensor([share.tokens.stop - share.tokens.start for share in shares])
+            self._ends = lengths.cumsum(0).to(device, torch.int32)
+            scalings = torch.tensor([share.scaling for share in shares], dtype=self.dtype)
+            self.scaling = scalings.repeat_interleave(lengths)[:, None].to(device)
+        # (adapters, r, in_features) and (adapters, out_features, r) of each layer
+        self.lora_A, self.lora_B = (
+            _views(stack.to(self.dtype), size) for stack, size in zip(stacks, sizes, strict=True)
+        )
+        self.grad_A, self.grad_B = (
+            _views(gradient, size) for gradient, size in zip(self._gradients, sizes, strict=True)
+        )
+
+    def times(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """(tokens, n) @ (adapters, n, m): the tokens of each share times the matrix of its own adapter."""
+        return x @ matrices[0] if len(matrices) == 1 else grouped_mm(x, matrices, offs=self._ends)
+
+    def add_times(self, total: Tensor, x: Tensor, matrices: Tensor) -> None:
+        """Adds `times`."""
+        if len(matrices) == 1 and total.dtype == x.dtype:
+            total.addmm_(x, matrices[0])
+        else:
+            total.add_(self.times(x, matrices))
+
+    def add_outer(self, gradients: Tensor, left: Tensor, right: Tensor) -> None:
+        """Adds (n, tokens) @ (tokens, m) of each share to its own of (adapters, n, m)."""
+        if len(gradients) == 1 and gradients.dtype == left.dtype:
+            gradients[0].addmm_(left.t(), right)
+        elif len(gradients) == 1:
+            gradients[0].add_(left.t() @ right)
+        else:
+            gradients.add_(grouped_mm(left.t(), right, offs=self._ends))
+
+    def kept(self, layer: int, x: Tensor) -> Tensor | None:
+        """Which entries of one layer's input dropout keeps; None for all."""
+        first = self.tokens.start
+        parts = [share.kept(layer, x[share.tokens.start - first : share.tokens.stop - first]) for share in self.shares]
+        if all(part is None for part in parts):
+            return None
+        tokens = [x[share.tokens.start - first : share.tokens.stop - first] for share in self.shares]
+        whole = [
+            torch.ones_like(one, dtype=torch.bool) if part is None else part
+            for one, part in zip(tokens, parts, strict=True)
+        ]
+        return torch.cat(whole) if len(whole) > 1 else whole[0]
+
+    def hand_out_gradients(self) -> None:
+        """Where they were gathered for several adapters: adds them to the adapters' own."""
+        if len(self.shares) > 1:
+            for index, adapter in enumerate(self._adapters):
+                for parameter, gradients in zip(adapter.parameters, self._gradients, strict=True):
+                    parameter.grad += gradients[index]
+
+
 class _Layout:
     """Where each row of each micro-batch lies in the sequence."""
 
-    def __init__(self, micro_batches: list[MicroBatch], device: torch.device) -> None:
-        rows = [row for batch in micro_batches for row in batch.input_ids]
-        labels = torch.cat([row for batch in micro_batches for row in batch.labels])
+    def __init__(
+        self, micro_batches: list[MicroBatch], device: torch.device, autocast: torch.dtype | None, *, grouped: bool
+    ) -> None:
+        # adapters of one shape side by side
+        order = list(range(len(micro_batches)))
+        if grouped:
+            order.sort(key=lambda index: micro_batches[index].adapter.shape)
+        placed = [micro_batches[index] for index in order]
+        rows = [row for batch in placed for row in batch.input_ids]
+        labels = torch.cat([row for batch in placed for row in batch.labels])
         lengths = torch.tensor([len(row) for row in rows])
         ends = lengths.cumsum(0)
         starts = ends - lengths
-        n_tokens = [batch.n_tokens for batch in micro_batches]
-        first = [sum(n_tokens[:index]) for index in range(len(n_tokens))]
-        self.shares = [
-            _Share(batch.adapter, slice(start, start + n), batch.key)
-            for batch, start, n in zip(micro_batches, first, n_tokens, strict=True)
+        n_tokens = [batch.n_tokens for batch in placed]
+        stops = list(itertools.accumulate(n_tokens))
+        shares = [
+            _Share(batch.adapter, slice(stop - n, stop), batch.key)
+            for batch, stop, n in zip(placed, stops, n_tokens, strict=True)
         ]
+        alike = itertools.groupby(shares, key=lambda share: share.adapter.shape if grouped else share.tokens.start)
+        self.groups = [_Group(list(group), autocast) for _, group in alike]
         self.longest = int(lengths.max())
-        owner = torch.arange(len(n_tokens)).repeat_interleave(torch.tensor(n_tokens))
+        owner = torch.tensor(order).repeat_interleave(torch.tensor(n_tokens))
         # a position predicts the next token of its row; a row's first token is predicted by none
         bears_loss = labels != IGNORE
         bears_loss[starts] = False
@@ -325,28 +439,28 @@ class _Layout:
 
     def sums(self, values: Tensor) -> Tensor:
         """(n,) values of predicting positions -> their sum for each micro-batch."""
-        total = torch.zeros(len(self.shares), dtype=torch.float64, device=values.device)
+        total = torch.zeros(len(self.weights), dtype=torch.float64, device=values.device)
         return total.index_add_(0, self._owner, values.double())
 
 
 class _LowRankUpdates(torch.autograd.Function):
-    """Adds scaling * B A dropout(x) to the tokens of each share, in place.
+    """Adds scaling * B A dropout(x) to the tokens of each group, in place.
 
     The factors are no inputs of the graph: their gradients are added where the optimizer looks for them.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, layer: int, name: str, shares: list[_Share]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, layer: int, name: str, groups: list[_Group]) -> Tensor:
         tokens_in, tokens_out = x.flatten(0, -2), output.flatten(0, -2)
         reduced = []
-        for share in shares:
-            A, B = (factors[name].to(x.dtype) for factors in (share.adapter.lora_A, share.adapter.lora_B))
-            inputs = tokens_in[share.tokens]
-            reduced.append(_only(share.kept(layer, inputs), inputs) @ A.t())
-            tokens_out[share.tokens].addmm_(reduced[-1], B.t(), alpha=share.scaling)
+        for group in groups:
+            inputs = tokens_in[group.tokens].to(group.dtype)
+            h = group.times(_only(group.kept(layer, inputs), inputs), group.lora_A[name].mT).mul_(group.scaling)
+            group.add_times(tokens_out[group.tokens], h, group.lora_B[name].mT)
+            reduced.append(h)
         ctx.mark_dirty(output)
         ctx.save_for_backward(x, *reduced)
-        ctx.layer, ctx.name, ctx.shares = layer, name, shares
+        ctx.layer, ctx.name, ctx.groups = layer, name, groups
         return output
 
     @staticmethod
@@ -354,14 +468,13 @@ class _LowRankUpdates(torch.autograd.Function):
         x, *reduced = ctx.saved_tensors
         tokens_in, tokens_out = x.flatten(0, -2), grad_output.flatten(0, -2)
         grad_x = torch.zeros_like(tokens_in)
-        for share, h in zip(ctx.shares, reduced, strict=True):
-            A, B = (factors[ctx.name].to(x.dtype) for factors in (share.adapter.lora_A, share.adapter.lora_B))
-            inputs, g = tokens_in[share.tokens], tokens_out[share.tokens]
-            grad_h = (g @ B).mul_(share.scaling)
-            kept = share.kept(ctx.layer, inputs)
-            _accumulate(share.adapter.grad_A[ctx.name], grad_h.t(), _only(kept, inputs), 1.0)
-            _accumulate(share.adapter.grad_B[ctx.name], g.t(), h, share.scaling)
-            grad_x[share.tokens] = _only(kept, grad_h @ A)
+        for group, h in zip(ctx.groups, reduced, strict=True):
+            inputs, g = (tokens[group.tokens].to(group.dtype) for tokens in (tokens_in, tokens_out))
+            kept = group.kept(ctx.layer, inputs)
+            grad_h = group.times(g, group.lora_B[ctx.name]).mul_(group.scaling)
+            group.add_outer(group.grad_A[ctx.name], grad_h, _only(kept, inputs))
+            group.add_outer(group.grad_B[ctx.name], g, h)
+            grad_x[group.tokens] = _only(kept, group.times(grad_h, group.lora_A[ctx.name]))
         return grad_output, grad_x.view_as(x), None, None, None
 
 
@@ -369,23 +482,16 @@ def _only(kept: Tensor | None, x: Tensor) -> Tensor:
     return x if kept is None else x * kept
 
 
-def _accumulate(gradient: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
-    """gradient += factor * left @ right, in the gradient's own precision."""
-    if left.dtype == gradient.dtype:
-        gradient.addmm_(left, right, alpha=factor)
-    else:
-        gradient.add_(left @ right, alpha=factor)
+def _zeros(sizes: dict[str, tuple[int, int]], device: str | torch.device, dtype: torch.dtype) -> nn.Parameter:
+    vector = nn.Parameter(torch.zeros(sum(a * b for a, b in sizes.values()), device=device, dtype=dtype))
+    vector.grad = torch.zeros_like(vector)
+    return vector
 
 
-def _flat(sizes: dict[str, tuple[int, int]], device: str | torch.device, dtype: torch.dtype) -> nn.Parameter:
-    flat = nn.Parameter(torch.zeros(sum(a * b for a, b in sizes.values()), device=device, dtype=dtype))
-    flat.grad = torch.zeros_like(flat)
-    return flat
-
-
-def _views(flat: Tensor, sizes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    parts = flat.split([a * b for a, b in sizes.values()])
-    return {name: part.view(size) for (name, size), part in zip(sizes.items(), parts, strict=True)}
+def _views(vectors: Tensor, sizes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """(..., n) cut into one (..., a, b) for each layer."""
+    parts = vectors.split([a * b for a, b in sizes.values()], dim=-1)
+    return {name: part.unflatten(-1, size) for (name, size), part in zip(sizes.items(), parts, strict=True)}
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

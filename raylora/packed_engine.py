@@ -149,7 +149,7 @@ class PackedTrial:
             eval_seconds=self.seconds["eval"],
             other_seconds=self.seconds["other"],
             peak_memory_mib=peak_memory_mib(),
-            trainable_parameters=sum(parameter.numel() for parameter in self.adapter.parameters),
+            trainable_parameters=self.adapter.n_parameters,
             checkpoint=str(checkpoint),
         )
         self.losses, self.seconds, self._reported = [], dict.fromkeys(self.seconds, 0.0), self.step
@@ -227,6 +227,11 @@ class PackedEngine:
         self.trials: dict[int, PackedTrial] = {}
         self._waiting: set[int] = set()
         reset_peak_memory()
+
+    def close(self) -> None:
+        """Gives the base back as it was found."""
+        self.pack.close()
+        self.pack.model.gradient_checkpointing_disable()
 
     @property
     def training(self) -> list[int]:

@@ -1,0 +1,169 @@
+"""Measures trial-steps per second of a pack against the same trials one after the other with TRL and peft.
+
+Run as `python benchmarks/throughput.py OUTPUT.json --model MODEL [--packs 1 2 4 8] [--tokens 128 256 512]`, with nothing
+else running. MODEL is a model directory, a GGUF file, a Hub id, `tiny`, `1b` or `7b`; the last three are random weights.
+Rows are of 64 random tokens, half of which bear loss: no padding on either side, so that TRL has no disadvantage from it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from raylora.base_model import compute_dtype, linear_shapes, load_base_model, load_tokenizer
+from raylora.batches import TokenRows
+from raylora.config import BaseModelSection, TrainingSection
+from raylora.data.tokens import IGNORE
+from raylora.noise import quiet_libraries
+from raylora.packed_engine import PackedEngine
+from raylora.rung import Report
+from raylora.space import Assignment
+from raylora.testing import make_tiny_model
+from raylora.training import TrlEngine
+
+LENGTH = 64
+N_STEPS = 8
+WARM_UP = 2
+
+RANDOM = {
+    # Llama 3.2 1B and Llama 2 7B in shape
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32, "vocab_size": 32000},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--packs", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256, 512])
+    arguments = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    on_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        engine = load(arguments.model, Path(folder), "cuda:0" if on_gpu else "cpu")
+        rows = [measure(engine, tokens, arguments.packs, Path(folder)) for tokens in arguments.tokens]
+    result = {
+        "date": date.today().isoformat(),
+        "machine": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores",
+        "model": arguments.model,
+        "r": TRIAL.r,
+        "rows": rows,
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def load(model: str, folder: Path, device: str) -> TrlEngine:
+    """TRL's engine on random rows; the packed one then uses its base."""
+    if model in RANDOM:
+        torch.set_default_dtype(torch.bfloat16)
+        LlamaForCausalLM(LlamaConfig(**RANDOM[model])).save_pretrained(folder / "model")
+        torch.set_default_dtype(torch.float32)
+        AutoTokenizer.from_pretrained(make_tiny_model(folder / "tiny")).save_pretrained(folder / "model")
+        name = str(folder / "model")
+    else:
+        name = str(make_tiny_model(folder / "model")) if model == "tiny" else model
+    section = BaseModelSection(name=name)
+    base = load_base_model(section, folder / "cache", device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(250, (512, LENGTH), generator=generator)
+    labels = ids.clone()
+    labels[:, : LENGTH // 2] = IGNORE
+    part = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    tokenizer = (
+        load_tokenizer(section, name)
+        if not name.endswith(".gguf")
+        else AutoTokenizer.from_pretrained(Path(name).parent, gguf_file=Path(name).name)
+    )
+    return TrlEngine(base, tokenizer, part, part.select(range(1)), TrainingSection(), list(linear_shapes(base.config)))
+
+
+TRIAL = Assignment(
+    r=16,
+    lora_alpha=16,
+    lora_dropout=0.05,
+    learning_rate=1e-4,
+    target_modules="all-linear",
+    use_rslora=False,
+    weight_decay=0.0,
+    warmup_ratio=0.0,
+    lr_scheduler_type="constant",
+    per_device_train_batch_size=1,
+    gradient_accumulation_steps=1,
+    seed=0,
+)
+
+
+def measure(engine: TrlEngine, tokens: int, packs: list[int], folder: Path) -> dict[str, Any]:
+    trial = TRIAL.model_copy(update={"per_device_train_batch_size": tokens // LENGTH})
+    alone = trl_seconds(engine, trial, folder / f"trl-{tokens}")
+    row: dict[str, Any] = {"tokens_per_micro_batch": tokens, "trl_seconds_per_step": alone, "speedup": {}}
+    for n in packs:
+        seconds, mib = packed_seconds(engine, trial, n, folder)
+        row["speedup"][n] = round(n * alone / seconds, 2)
+        row[f"packed_seconds_per_step_of_{n}"] = seconds
+        row[f"peak_memory_mib_of_{n}"] = mib
+        print(
+            f"{tokens} tokens, {n} trials: TRL {alone:.3f} s a step, packed {seconds / n:.3f} s a trial's step",
+            flush=True,
+        )
+    return row
+
+
+def trl_seconds(engine: TrlEngine, trial: Assignment, folder: Path) -> float:
+    """Of one step, when the first ones are over."""
+    reports: list[Report] = []
+    engine.fit(
+        trial, rungs=[WARM_UP, WARM_UP + N_STEPS], directory=folder, report=lambda report: bool(reports.append(report))
+    )
+    return reports[-1].train_seconds / N_STEPS
+
+
+def packed_seconds(engine: TrlEngine, trial: Assignment, n: int, folder: Path) -> tuple[float, float]:
+    """Of one step of n trials, and peak memory in MiB."""
+    device = str(engine.model.device)
+    dtype = compute_dtype(BaseModelSection(name=""), device)
+    pack = PackedEngine(
+        engine.model,
+        engine.module_names,
+        TokenRows(engine.train),
+        TokenRows(engine.validation),
+        engine.training,
+        tokens_per_pass=4096 if device != "cpu" else 512,
+        autocast=dtype if dtype != torch.float32 else None,
+    )
+    for number in range(n):
+        pack.add(number, trial.model_copy(update={"seed": number}), rungs=[10**6], directory=folder)
+    for _ in range(WARM_UP):
+        pack.step()
+    _synchronize()
+    began = time.perf_counter()
+    for _ in range(N_STEPS):
+        pack.step()
+    _synchronize()
+    seconds = (time.perf_counter() - began) / N_STEPS
+    mib = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    pack.close()
+    return seconds, mib
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
