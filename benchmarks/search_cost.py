@@ -2,7 +2,8 @@
 
 Run as `python benchmarks/search_cost.py OUTPUT.json SPACE.yaml [--section.key value ...] [--regret]`, with nothing else
 running. The one run is by TRL and peft alone, in a process of its own; both count from the start of their process, with
-data and base in the cache. With `--regret`, all trials are then trained to the full budget, to see what the search missed.
+data and base in the cache. With `--regret`, all trials are then trained to the full budget, to see what the search
+missed.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Measures trial-steps per second of a pack against the same trials one after the other with TRL and peft.
 
-Run as `python benchmarks/throughput.py OUTPUT.json --model MODEL [--packs 1 2 4 8] [--tokens 128 256 512]`, with nothing
-else running. MODEL is a model directory, a GGUF file, a Hub id, `tiny`, `1b` or `7b`; the last three are random weights.
-Rows are of 64 random tokens, half of which bear loss: no padding on either side, so that TRL has no disadvantage from it.
+Run as `python benchmarks/throughput.py OUTPUT.json --model MODEL [--packs 1 2 4 8] [--tokens 128 256 512]`, with
+nothing else running. MODEL is a model directory, a GGUF file, a Hub id, `tiny`, `1b` or `7b`; the last three are random
+weights. Rows are of 64 random tokens, half of which bear loss: no padding on either side, from which TRL would suffer.
 """
 
 import argparse
