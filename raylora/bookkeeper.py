@@ -1,7 +1,6 @@
 """Says what a search trains next, and tells Optuna and the tables what became of it."""
 
 import time
-from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -77,7 +76,10 @@ class Bookkeeper(Searcher):
         self._progress.changed()
         trial = self._records.trials[number]
         rungs = self._rungs if trial.repeat_of is None else self._rungs[-1:]
-        return {"job": asdict(Job(number, trial.assignment().model_dump(), rungs, trial.checkpoint))}
+        job = Job(number, trial.assignment().model_dump(), rungs, trial.checkpoint)
+        # from here and not from Tune's actor: training need not wait until that one has started
+        ray.get(self._broker.submit.remote(job))
+        return {"number": number}
 
     def goes_on(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether a trial that has reported trains past its rung at once; otherwise it pauses."""

@@ -2,7 +2,7 @@
 
 One asynchronous Ray actor; nothing heavy is imported here. A trial's way through it, from one rung to the next:
 
-    Tune trial --submit--> queue --orders--> lane --report--> next_report --> Tune trial
+    bookkeeper --submit--> queue --orders--> lane --report--> next_report --> Tune trial
                                               ^--- go_on (the next next_report) or leave (stop) ---'
 """
 

@@ -1,6 +1,7 @@
 """Works out what a search will do before it starts: data, budget, lanes and memory."""
 
 import math
+import os
 from dataclasses import dataclass
 
 from raylora.base_model import (
@@ -19,6 +20,9 @@ from raylora.errors import DeviceError
 from raylora.memory import MemoryEstimate, adapter_parameters, estimate_memory, tokens_per_pass
 from raylora.run_directory import RunDirectory
 from raylora.space import Cases, Choice, Fixed, Kind, Range
+
+ACTORS_PER_CORE = 4
+"""Tune keeps an actor for each trial that trains, on the driver's machine; each takes a core a second to start."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def plan_places(config: SearchConfig, data: PreparedData, *, on_gpu: bool, n_lan
     """Trials at once on each lane: as asked, or as many as fill a pass through the base, and one more.
 
     More would not make a pass cheaper; the one more trains while the others wait for what becomes of them at a rung.
-    The lane takes fewer where its memory asks for it.
+    The lane takes fewer where its memory asks for it, and this machine where it would be busy with Tune's actors.
     """
     share = math.ceil(config.n_trials() / n_lanes)
     if config.search.engine == "trl":
@@ -110,7 +114,8 @@ def plan_places(config: SearchConfig, data: PreparedData, *, on_gpu: bool, n_lan
         return min(config.search.trials_per_gpu, share)
     train = data.summaries["train"]
     smallest = min(_possible(config, "per_device_train_batch_size")) * train.tokens / train.rows
-    return min(int(tokens_per_pass(config.search, on_gpu=on_gpu) / smallest) + 1, share)
+    fill = int(tokens_per_pass(config.search, on_gpu=on_gpu) / smallest) + 1
+    return min(fill, share, max(1, ACTORS_PER_CORE * (os.cpu_count() or 1) // n_lanes))
 
 
 def max_steps(config: SearchConfig, data: PreparedData) -> int:

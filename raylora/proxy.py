@@ -7,8 +7,6 @@ import ray
 from ray import tune
 from ray.actor import ActorHandle
 
-from raylora.broker import Job
-
 
 class TrialProxy(tune.Trainable):
     """Reused from trial to trial. A failed trial ends with a result that says so: an error would cost the actor."""
@@ -18,15 +16,11 @@ class TrialProxy(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._config, self._submitted = new_config, False
+        self._number = new_config["number"]
         return True
 
     def step(self) -> dict[str, Any]:
-        job = Job(**self._config["job"])
-        if not self._submitted:
-            ray.get(self._broker.submit.remote(job))
-            self._submitted = True
-        report = ray.get(self._broker.next_report.remote(job.number))
+        report = ray.get(self._broker.next_report.remote(self._number))
         # Tune insists on the metric in every result; without a step it does not count
         return {"eval_loss": math.nan, **report, "done": report.get("step", self._max_steps) >= self._max_steps}
 

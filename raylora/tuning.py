@@ -1,5 +1,6 @@
 """Runs one search: Ray Tune drives the bookkeeper's trials on resident lanes."""
 
+import os
 import resource
 import signal
 import threading
@@ -52,6 +53,8 @@ def run_search(
         SearchError: the first trials all failed, no trial finished, or no lane came up.
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything is kept.
     """
+    # Tune's only way to let it start as many trials at once as the bookkeeper proposes
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
     bookkeeper = Bookkeeper(settings[0].config, rungs, len(settings), study, records, broker, progress)
     ending = threading.Event()
     lanes = [_start_lane(lane, ending) for lane in settings]
