@@ -13,7 +13,7 @@ from raylora.batches import TokenRows
 from raylora.config import SearchConfig
 from raylora.data import load_part
 from raylora.errors import PackingError
-from raylora.memory import tokens_per_pass
+from raylora.memory import MemoryEstimate, free_memory_mib, tokens_per_pass
 from raylora.packed import Adapter, MicroBatch
 from raylora.packed_engine import PackedEngine
 from raylora.training import TrlEngine
@@ -23,7 +23,7 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 
 
 def load_engine(
-    config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str, places: int
+    config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str, places: int, memory: MemoryEstimate
 ) -> PackedEngine | TrlEngine:
     """Loads the base onto a device, and the data.
 
@@ -33,6 +33,7 @@ def load_engine(
         cache_dir: holds converted and quantized bases.
         device: `cpu` or `cuda:0`.
         places: trials at once, at most.
+        memory: what they take; fewer are taken where the device has not that much.
 
     Raises:
         PackingError: the packed engine is demanded and cannot serve.
@@ -41,14 +42,22 @@ def load_engine(
     if config.search.engine == "trl":
         return TrlEngine.load(config, **options)
     try:
-        return load_packed(config, **options, places=places)
+        return load_packed(config, **options, places=places, memory=memory)
     except PackingError as error:
         if config.search.engine == "packed":
             raise
         return replace(TrlEngine.load(config, **options), reason=str(error))
 
 
-def load_packed(config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str, places: int) -> PackedEngine:
+def load_packed(
+    config: SearchConfig,
+    *,
+    tokens_dir: Path,
+    cache_dir: Path,
+    device: str,
+    places: int,
+    memory: MemoryEstimate | None = None,
+) -> PackedEngine:
     """The packed engine, once it has shown that it computes what the model computes.
 
     Raises:
@@ -61,15 +70,21 @@ def load_packed(config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, devi
     rows = _two_rows(model)
     expected = _plain_nll(model, rows)
     dtype = compute_dtype(base, device)
+    on_gpu = device != "cpu"
+    tokens = tokens_per_pass(config.search, on_gpu=on_gpu)
+    if memory is not None:
+        free = free_memory_mib(device) / (1 if on_gpu else config.search.lanes or 1)
+        places, tokens = memory.fit(free, places=places, tokens=tokens)
     engine = PackedEngine(
         model,
         list(linear_shapes(model.config, trust_remote_code=base.trust_remote_code)),
         TokenRows(load_part(tokens_dir, "train")),
         TokenRows(load_part(tokens_dir, "validation")),
         config.training,
-        tokens_per_pass=tokens_per_pass(config.search, on_gpu=device != "cpu"),
+        tokens_per_pass=tokens,
         places=places,
         autocast=dtype if dtype != torch.float32 else None,
+        grouped=on_gpu,
     )
     try:
         found = engine.pack.nll([MicroBatch(_no_adapter(device), rows, rows)]).item()

@@ -22,6 +22,7 @@ from raylora.config import SearchConfig
 from raylora.engines import load_engine
 from raylora.errors import RunDirectoryError
 from raylora.files import write_text
+from raylora.memory import MemoryEstimate
 from raylora.noise import quiet_libraries
 from raylora.packed_engine import PackedEngine
 from raylora.run_directory import RunDirectory
@@ -58,6 +59,7 @@ class LaneSettings:
     places: int
     """Trials at once, at most."""
 
+    memory: MemoryEstimate
     on_gpu: bool
     threads: int
     """CPU threads for torch; unset, lanes on one machine would fight for all cores."""
@@ -104,6 +106,7 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
             cache_dir=run.cache(settings.config),
             device="cuda:0" if settings.on_gpu else "cpu",
             places=settings.places,
+            memory=settings.memory,
         )
     except Exception as error:  # whatever keeps the base from loading would do so again: no restart
         ray.get(broker.lane_lost.remote(settings.name, describe_failure(error)))

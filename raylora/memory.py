@@ -1,12 +1,14 @@
-"""Estimates the memory of one trial from the base's shapes, before anything is loaded.
+"""Estimates the memory of a pack from the base's shapes, before anything is loaded.
 
 NF4 with double quantization costs 4.127 bits a weight (QLoRA, arXiv:2305.14314, section 3). Activations are counted
-as the inputs and outputs of every linear layer, or one hidden state per layer with gradient checkpointing, plus the
-logits; a run's table shows the measured peak beside it.
+as the inputs and outputs of every linear layer, or one hidden state per layer with gradient checkpointing;
+`benchmarks/memory.py` shows the estimate beside the measured peak.
 """
 
 from dataclasses import dataclass
 
+import psutil
+import torch
 from transformers import PretrainedConfig
 
 from raylora.base_model import is_target
@@ -18,6 +20,9 @@ NF4_BITS_SINGLE = 4.5
 ADAPTER_BYTES = 16
 """Per trained parameter in float32: weight, gradient, Adam's two moments."""
 
+
+CHUNK = 512
+"""Positions whose logits exist at once."""
 
 TOKENS_PER_PASS = {"gpu": 4096, "cpu": 512}
 """Tokens from which on a pass through the base is limited by arithmetic, so that more at once do not pay."""
@@ -33,12 +38,38 @@ class MemoryEstimate:
     """MiB on the device that trains."""
 
     base_mib: float
-    adapter_mib: float
-    activations_mib: float
+    trial_mib: float
+    """Of the largest adapter with its gradients and optimizer."""
 
-    @property
-    def total_mib(self) -> float:
-        return self.base_mib + self.adapter_mib + self.activations_mib
+    token_mib: float
+    """Activations of each token of a pass through the base."""
+
+    logits_mib: float
+    """Logits of one chunk of positions."""
+
+    micro_batch_tokens: int
+    """Of the largest micro-batch, which is never cut."""
+
+    def total_mib(self, places: int, tokens: int) -> float:
+        """With so many trials and tokens a pass."""
+        activations = max(tokens, self.micro_batch_tokens) * self.token_mib
+        return self.base_mib + places * self.trial_mib + activations + self.logits_mib
+
+    def fit(self, free_mib: float, *, places: int, tokens: int) -> tuple[int, int]:
+        """As many trials and tokens a pass as fit into what is free beside the base, and at least one trial.
+
+        Activations get half of it at most. A tenth stays free, for what no estimate knows.
+        """
+        usable = 0.9 * free_mib - self.logits_mib
+        tokens = max(self.micro_batch_tokens, min(tokens, int(usable / 2 / self.token_mib)))
+        return max(1, min(places, int((usable - tokens * self.token_mib) / self.trial_mib))), tokens
+
+
+def free_memory_mib(device: str) -> float:
+    """What a GPU has free, or what this machine could give."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0] / MIB
+    return psutil.virtual_memory().available / MIB
 
 
 def adapter_parameters(shapes: dict[str, tuple[int, int]], targets: list[str], r: int) -> int:
@@ -59,7 +90,7 @@ def estimate_memory(
     double_quant: bool,
     gradient_checkpointing: bool,
 ) -> MemoryEstimate:
-    """Peak memory of one trial in MiB.
+    """What base, trials and tokens take.
 
     Args:
         config: the base's architecture.
@@ -78,11 +109,13 @@ def estimate_memory(
     bits = (NF4_BITS if double_quant else NF4_BITS_SINGLE) if nf4 else 8 * dtype_bytes
     base = n_linear * bits / 8 + n_embedding * dtype_bytes
     widths = sum(in_features + out_features for in_features, out_features in shapes.values())
-    per_token = (
-        text.num_hidden_layers * text.hidden_size * dtype_bytes if gradient_checkpointing else widths * dtype_bytes
-    )
-    # logits, their gradient and log-softmax in float32, for all positions
-    logits = 3 * 4 * text.vocab_size
+    per_token = text.num_hidden_layers * text.hidden_size if gradient_checkpointing else widths
+    # logits, their log-softmax and their gradient, in float32
+    logits = 3 * 4 * text.vocab_size * min(CHUNK, rows * length)
     return MemoryEstimate(
-        base / MIB, ADAPTER_BYTES * n_adapter_parameters / MIB, rows * length * (per_token + logits) / MIB
+        base_mib=base / MIB,
+        trial_mib=ADAPTER_BYTES * n_adapter_parameters / MIB,
+        token_mib=per_token * dtype_bytes / MIB,
+        logits_mib=logits / MIB,
+        micro_batch_tokens=rows * length,
     )

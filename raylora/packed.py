@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from raylora.data.tokens import IGNORE
+from raylora.memory import CHUNK
 
 Shapes = dict[str, tuple[int, int]]
 """Name of an adapted layer -> (in_features, out_features), in the model's order."""
@@ -151,7 +152,7 @@ class Pack:
         *,
         autocast: torch.dtype | None = None,
         grouped: bool = False,
-        chunk: int = 1024,
+        chunk: int = CHUNK,
     ) -> None:
         self.model, self._autocast, self._grouped, self._chunk = model, autocast, grouped, chunk
         self.shapes: Shapes = {name: _features(model.get_submodule(name)) for name in names}

@@ -41,6 +41,7 @@ class PackedTrial:
         directory: receives checkpoints.
         device: where the adapter lives.
         dtype: of the adapter.
+        rank_multiple: see `Adapter`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PackedTrial:
         directory: Path,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        rank_multiple: int = 1,
     ) -> None:
         self.assignment, self.rungs, self.directory = assignment, rungs, directory
         self._max_grad_norm = training.max_grad_norm
@@ -75,6 +77,7 @@ class PackedTrial:
             seed=assignment.seed,
             device=device,
             dtype=dtype,
+            rank_multiple=rank_multiple,
         )
         self._optimizer = torch.optim.AdamW(
             self.adapter.parameters, lr=assignment.learning_rate, weight_decay=assignment.weight_decay, fused=True
@@ -199,6 +202,7 @@ class PackedEngine:
         places: trials at once; whoever adds them keeps to it.
         tokens_per_pass: a pass through the base takes micro-batches up to so many tokens, and at least one.
         autocast: type of activations where it is not the parameters' own.
+        grouped: see `Pack`; ranks are then filled up to a multiple of 8, which the kernels ask for.
         dtype: of the adapters.
     """
 
@@ -213,14 +217,15 @@ class PackedEngine:
         tokens_per_pass: int,
         places: int = 1,
         autocast: torch.dtype | None = None,
+        grouped: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.places = places
-        self.pack = Pack(model, names, autocast=autocast)
+        self.pack = Pack(model, names, autocast=autocast, grouped=grouped)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._device, self._dtype = model.device, dtype
-        self._train, self._training, self._tokens_per_pass = train, training, tokens_per_pass
+        self._adapter_options = {"device": model.device, "dtype": dtype, "rank_multiple": 8 if grouped else 1}
+        self._train, self._training, self.tokens_per_pass = train, training, tokens_per_pass
         order = sorted(range(len(validation)), key=validation.lengths.__getitem__)
         self._validation = [(validation.input_ids(row), validation.labels(row)) for row in order]
         self._n_validated = sum(validation.n_predicted(row) for row in order)
@@ -250,8 +255,7 @@ class PackedEngine:
             self._train.lengths,
             rungs=rungs,
             directory=directory,
-            device=self._device,
-            dtype=self._dtype,
+            **self._adapter_options,
         )
         if resume_from is not None:
             trial.load(Path(resume_from))
@@ -296,7 +300,7 @@ class PackedEngine:
                 batches.append(batch)
         began = time.perf_counter()
         try:
-            losses = torch.cat([self.pack.backward(part) for part in cut(batches, self._tokens_per_pass)])
+            losses = torch.cat([self.pack.backward(part) for part in cut(batches, self.tokens_per_pass)])
         except (torch.OutOfMemoryError, MemoryError):
             for trial in trials:
                 trial.adapter.zero_grad()
@@ -333,7 +337,7 @@ class PackedEngine:
         starts = range(0, len(self._validation), size)
         parts = [tuple(map(list, zip(*self._validation[start : start + size], strict=True))) for start in starts]
         batches = [MicroBatch(adapter, ids, labels) for ids, labels in parts for adapter in adapters]
-        nll = torch.cat([self.pack.nll(part) for part in cut(batches, self._tokens_per_pass)])
+        nll = torch.cat([self.pack.nll(part) for part in cut(batches, self.tokens_per_pass)])
         eval_losses = nll.view(-1, len(numbers)).sum(0) / max(1, self._n_validated)
         result = dict(zip(numbers, eval_losses.tolist(), strict=True))
         for number in numbers:

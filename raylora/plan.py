@@ -38,9 +38,10 @@ class Plan:
     places: int
     """Trials at once on each lane, at most."""
 
+    tokens_per_pass: int
     threads: int
     memory: MemoryEstimate
-    """Of the largest trial that the space allows."""
+    """Of the largest trials that the space allows."""
 
 
 def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan:
@@ -79,6 +80,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         on_gpu=on_gpu,
         n_lanes=n_lanes,
         places=plan_places(config, data, on_gpu=on_gpu, n_lanes=n_lanes),
+        tokens_per_pass=tokens_per_pass(config.search, on_gpu=on_gpu),
         threads=max(1, devices.n_cpus // n_lanes),
         memory=memory,
     )

@@ -77,6 +77,7 @@ def _search(run: RunDirectory, config: SearchConfig, plan: Plan, screen: Console
             run_path=run.path,
             tokens_dir=plan.data.tokens_dir,
             places=plan.places,
+            memory=plan.memory,
             on_gpu=plan.on_gpu,
             threads=plan.threads,
         )
@@ -113,8 +114,9 @@ def _show_plan(screen: Console, config: SearchConfig, plan: Plan) -> None:
         f"{', '.join(map(str, plan.rungs))}\n"
         f"lanes: {plan.n_lanes} on {'a GPU' if plan.on_gpu else 'the CPU'} each, {plan.threads} threads, up to "
         f"{plan.places} trials at once\n"
-        f"memory of the largest trial, estimated: {memory.total_mib:.0f} MiB (base {memory.base_mib:.0f}, adapter and "
-        f"optimizer {memory.adapter_mib:.0f}, activations {memory.activations_mib:.0f})"
+        f"memory, estimated: base {memory.base_mib:.0f} MiB, a trial at most {memory.trial_mib:.0f}; "
+        f"{memory.total_mib(plan.places, plan.tokens_per_pass):.0f} with {plan.places} of them and "
+        f"{plan.tokens_per_pass} tokens a pass"
     )
 
 

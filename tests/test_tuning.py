@@ -15,6 +15,7 @@ from raylora.cluster import Devices, local_ray
 from raylora.config import SearchConfig
 from raylora.errors import SearchError
 from raylora.lane import LaneSettings
+from raylora.memory import MemoryEstimate
 from raylora.progress import Progress
 from raylora.records import Records
 from raylora.run_directory import RunDirectory
@@ -24,6 +25,7 @@ from tests.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.ray
 
+NO_MEMORY = MemoryEstimate(0, 0, 0, 0, 0)
 RUNGS = [3, 9, 27]
 RATES = [1e-4, 2e-4, 3e-4, 5e-3, 1e-3, 1.5e-4, 4e-3, 9e-3]
 
@@ -63,7 +65,7 @@ def search(make_config: Callable[..., SearchConfig], tmp_path: Path) -> Callable
         reconcile(study, records)
         broker = start_broker(n_lanes)
         settings = [
-            LaneSettings(str(lane), broker, config, run.path, tmp_path / "tokens", 1, False, 1, load_engine)
+            LaneSettings(str(lane), broker, config, run.path, tmp_path / "tokens", 1, NO_MEMORY, False, 1, load_engine)
             for lane in range(n_lanes)
         ]
         output.truncate(0)
