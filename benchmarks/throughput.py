@@ -144,6 +144,7 @@ def packed_seconds(engine: TrlEngine, trial: Assignment, n: int, folder: Path) -
         engine.training,
         tokens_per_pass=4096 if device != "cpu" else 512,
         autocast=dtype if dtype != torch.float32 else None,
+        grouped=device != "cpu",
     )
     for number in range(n):
         pack.add(number, trial.model_copy(update={"seed": number}), rungs=[10**6], directory=folder)

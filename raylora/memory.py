@@ -24,6 +24,9 @@ ADAPTER_BYTES = 16
 CHUNK = 512
 """Positions whose logits exist at once."""
 
+BESIDE_LINEAR = 1.15
+"""Activations of norms, rotary embeddings and attention come on top; measured, see benchmarks/memory.json."""
+
 TOKENS_PER_PASS = {"gpu": 4096, "cpu": 512}
 """Tokens from which on a pass through the base is limited by arithmetic, so that more at once do not pay."""
 
@@ -109,7 +112,7 @@ def estimate_memory(
     bits = (NF4_BITS if double_quant else NF4_BITS_SINGLE) if nf4 else 8 * dtype_bytes
     base = n_linear * bits / 8 + n_embedding * dtype_bytes
     widths = sum(in_features + out_features for in_features, out_features in shapes.values())
-    per_token = text.num_hidden_layers * text.hidden_size if gradient_checkpointing else widths
+    per_token = text.num_hidden_layers * text.hidden_size if gradient_checkpointing else BESIDE_LINEAR * widths
     # logits, their log-softmax and their gradient, in float32
     logits = 3 * 4 * text.vocab_size * min(CHUNK, rows * length)
     return MemoryEstimate(

@@ -21,8 +21,9 @@ from raylora.memory import MemoryEstimate, adapter_parameters, estimate_memory, 
 from raylora.run_directory import RunDirectory
 from raylora.space import Cases, Choice, Fixed, Kind, Range
 
-ACTORS_PER_CORE = 4
-"""Tune keeps an actor for each trial that trains, on the driver's machine; each takes a core a second to start."""
+ACTORS_PER_CORE = 2
+"""Tune keeps an actor for each trial that trains, on the driver's machine; each takes a core for over a second to
+start, and Ray warns of many that start at once."""
 
 
 @dataclass(frozen=True)

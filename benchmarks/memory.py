@@ -1,0 +1,99 @@
+"""Measures what each added trial and each added token of a pass take, beside the estimate.
+
+Run as `python benchmarks/memory.py OUTPUT.json --model MODEL`; MODEL as for `throughput.py`.
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+from throughput import LENGTH, TRIAL, load
+
+from raylora.base_model import compute_dtype, linear_shapes
+from raylora.batches import TokenRows
+from raylora.config import BaseModelSection
+from raylora.memory import MIB, adapter_parameters, estimate_memory
+from raylora.noise import quiet_libraries
+from raylora.packed_engine import PackedEngine
+from raylora.rung import peak_memory_mib, reset_peak_memory
+from raylora.training import TrlEngine
+
+TOKENS = (128, 256, 512)
+TRIALS = (1, 2, 4, 8)
+R = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", required=True)
+    arguments = parser.parse_args()
+    quiet_libraries()
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        engine = load(arguments.model, Path(folder), device)
+        by_tokens = [peak(engine, n_trials=1, tokens=tokens) for tokens in TOKENS]
+        by_trials = [peak(engine, n_trials=n, tokens=LENGTH) for n in TRIALS]
+        shapes = linear_shapes(engine.model.config)
+    dtype = compute_dtype(BaseModelSection(name=""), device)
+    parameters = adapter_parameters(shapes, list(shapes), R)
+    estimate = estimate_memory(
+        engine.model.config,
+        shapes,
+        n_adapter_parameters=parameters,
+        rows=1,
+        length=LENGTH,
+        dtype_bytes=dtype.itemsize,
+        nf4=True,
+        double_quant=True,
+        gradient_checkpointing=False,
+    )
+    per_trial = (by_trials[-1] - by_trials[0]) / (TRIALS[-1] - TRIALS[0])
+    per_token = (by_tokens[-1] - by_tokens[0]) / (TOKENS[-1] - TOKENS[0])
+    result = {
+        "date": date.today().isoformat(),
+        "machine": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        "model": arguments.model,
+        "r": R,
+        "peak_mib_by_tokens_per_pass": dict(zip(TOKENS, by_tokens, strict=True)),
+        "peak_mib_by_trials": dict(zip(TRIALS, by_trials, strict=True)),
+        "mib_per_token": per_token,
+        "mib_per_token_estimated": estimate.token_mib,
+        "mib_per_added_trial": per_trial,
+        "mib_per_added_trial_floor": 16 * parameters / MIB,
+        "added_trial_over_floor": per_trial / (16 * parameters / MIB),
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def peak(engine: TrlEngine, *, n_trials: int, tokens: int) -> float:
+    """MiB at most in two steps of so many trials, each with a pass of its own of so many tokens."""
+    gc.collect()
+    dtype = compute_dtype(BaseModelSection(name=""), str(engine.model.device))
+    pack = PackedEngine(
+        engine.model,
+        engine.module_names,
+        TokenRows(engine.train),
+        TokenRows(engine.validation),
+        engine.training,
+        tokens_per_pass=1,
+        autocast=dtype if dtype != torch.float32 else None,
+        grouped=engine.model.device.type == "cuda",
+    )
+    reset_peak_memory()
+    trial = TRIAL.model_copy(update={"r": R, "per_device_train_batch_size": tokens // LENGTH})
+    for number in range(n_trials):
+        pack.add(number, trial.model_copy(update={"seed": number}), rungs=[10**6], directory=Path("/nowhere"))
+    pack.step()
+    pack.step()
+    pack.close()
+    return peak_memory_mib()
+
+
+if __name__ == "__main__":
+    main()
