@@ -54,6 +54,7 @@ class Bookkeeper(Searcher):
         self._legs: dict[str, int] = {}
         """Tune's id of each leg under way -> number of its trial."""
 
+        self._lanes_seen: set[str] = set()
         self._to_resume = study.running()
         self._began = time.monotonic()
         self._replay()
@@ -66,8 +67,7 @@ class Bookkeeper(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.interrupted or self.no_lane or self.gave_up():
             return Searcher.FINISHED
-        # before the first lane is up, one Tune actor for each is started already
-        if len(self._legs) >= (ray.get(self._broker.places.remote()) or self._n_lanes):
+        if len(self._legs) >= self._places():
             return None
         number = self._next()
         if number is None:
@@ -128,6 +128,15 @@ class Bookkeeper(Searcher):
         """Whether the first trials all failed."""
         ended = [trial.state for trial in self._records.trials.values() if trial.state != "running"]
         return len(ended) >= self._search.max_initial_failures and all(state == "failed" for state in ended)
+
+    def _places(self) -> int:
+        """Trials that can train at once; until a lane is up, one for each, so that Tune's actors start meanwhile."""
+        lanes = ray.get(self._broker.lanes.remote())
+        for name in lanes.keys() - self._lanes_seen:
+            self._lanes_seen.add(name)
+            if reason := lanes[name].get("reason"):
+                self._progress.note(f"lane {name} trains one trial at a time, with TRL: {reason}")
+        return sum(lane["places"] for lane in lanes.values()) or self._n_lanes
 
     def _next(self) -> int | None:
         """Whom to train next: left over from an interrupted search, promoted, new, or repeated."""

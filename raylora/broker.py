@@ -169,12 +169,8 @@ class Broker:
     # the driver's side
 
     async def lanes(self) -> dict[str, dict[str, Any]]:
-        """Facts of each lane that has come up; `lost` says why one is gone."""
-        return {name: lane.facts for name, lane in self._lanes.items()}
-
-    async def places(self) -> int | None:
-        """Trials that can train at once; None before the first lane is up."""
-        return sum(lane.places for lane in self._lanes.values()) or None
+        """Facts of each lane that has come up, with its places as they are now; `lost` says why one is gone."""
+        return {name: {**lane.facts, "places": lane.places} for name, lane in self._lanes.items()}
 
     async def lane_lost(self, name: str, reason: str) -> None:
         """A lane is gone for good: its trials go to others, or fail with the last one."""

@@ -224,9 +224,10 @@ def _join(engine: PackedEngine, link: Link, run: RunDirectory, job: Job) -> None
             resume_from=job.resume_from,
         )
     except torch.OutOfMemoryError as error:
-        if not engine.trials:
+        if engine.trials:
+            link.give_back({job.number: job.resume_from})
+        else:
             link.fail(job.number, error, run.trial(job.number))
-        link.give_back({job.number: job.resume_from})
     except Exception as error:
         link.fail(job.number, error, run.trial(job.number))
 

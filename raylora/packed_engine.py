@@ -224,6 +224,7 @@ class PackedEngine:
         self.pack = Pack(model, names, autocast=autocast, grouped=grouped)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._on_gpu = model.device.type == "cuda"
         self._adapter_options = {"device": model.device, "dtype": dtype, "rank_multiple": 8 if grouped else 1}
         self._train, self._training, self.tokens_per_pass = train, training, tokens_per_pass
         order = sorted(range(len(validation)), key=validation.lengths.__getitem__)
@@ -307,6 +308,8 @@ class PackedEngine:
             raise
         for trial in trials:
             trial.update()
+        if self._on_gpu and any(trial.at_rung for trial in trials):
+            torch.cuda.synchronize()  # what is still under way belongs to training, not to validation
         seconds = time.perf_counter() - began
         n_tokens = sum(batch.n_tokens for batch in batches)
         for trial, batch, loss in zip(owners, batches, losses, strict=True):

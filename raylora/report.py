@@ -13,7 +13,7 @@ from raylora.commands import command, console, run_command
 from raylora.evaluate import evaluation_rows, show_evaluation
 from raylora.files import read_json, write_text
 from raylora.merge import merge_rows, show_merge
-from raylora.records import Records, TrialRow, rank_vs_loss, write_rank_vs_loss
+from raylora.records import ENDED, Records, TrialRow, rank_vs_loss, write_rank_vs_loss
 from raylora.run_directory import RunDirectory
 from raylora.tables import markdown_table, print_table
 
@@ -41,6 +41,7 @@ def write_report(run: RunDirectory) -> None:
         f"## Best trial\n\n{_best(best)}",
         f"## Held-out check\n\n{_evaluation(run)}",
         f"## Merge\n\n{_merge(run)}",
+        *_repetitions(records),
         f"## Rank against loss\n\nFinal losses are of finished trials only, all at {provenance['rungs'][-1]} steps.\n\n"
         + markdown_table(ranks),
         "## Trials\n\nA stopped trial's loss is that of its last step, and comparable to no finished one.\n\n"
@@ -92,6 +93,9 @@ def summarize(run: RunDirectory, screen: Console) -> None:
         f"\nrank against validation loss: finished trials at {ranks[0]['max_steps']} steps, all at the first rung"
     )
     print_table([{short: row[name] for name, short in _ON_SCREEN.items()} for row in ranks], screen)
+    if repetitions := records.repetitions():
+        screen.print("the best assignments with other seeds: mean and spread of the final validation loss")
+        print_table(repetitions, screen)
     if run.merge_file.is_file():
         show_merge(read_json(run.merge_file), screen)
     if run.evaluation_file.is_file():
@@ -104,7 +108,7 @@ def _by_loss(trial: TrialRow) -> tuple[bool, bool, float]:
 
 
 def _counts(records: Records) -> str:
-    return ", ".join(f"{records.count(state)} {state}" for state in ("finished", "stopped", "failed", "running"))
+    return ", ".join(f"{records.count(state)} {state}" for state in (*ENDED, "paused", "running"))
 
 
 def _best(best: TrialRow | None) -> str:
@@ -114,6 +118,12 @@ def _best(best: TrialRow | None) -> str:
     return (
         f"Trial {best.number}, validation loss {best.eval_loss:.4f} at step {best.step}.\n\n{markdown_table(settings)}"
     )
+
+
+def _repetitions(records: Records) -> list[str]:
+    rows = records.repetitions()
+    what = "Final validation loss of the best assignments over several seeds; the choice is by the mean."
+    return [f"## Repetitions\n\n{what}\n\n{markdown_table(rows)}"] if rows else []
 
 
 def _trial(trial: TrialRow) -> dict[str, Any]:

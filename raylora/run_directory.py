@@ -165,10 +165,18 @@ def start(run: RunDirectory, config: SearchConfig, facts: dict[str, Any]) -> Non
 
 
 def _comparable(config: SearchConfig) -> list[str]:
-    """Settings that must not change within a run; the total number of trials and the lanes may."""
+    """Settings that must not change within a run; how many trials there are, and where they train, may."""
     values = config.model_dump(mode="json")
-    for section, key in (("search", "n_trials"), ("search", "lanes"), ("search", "time_budget_minutes")):
-        values[section].pop(key)
+    for key in (
+        "n_trials",
+        "lanes",
+        "trials_per_gpu",
+        "tokens_per_pass",
+        "time_budget_minutes",
+        "repeat_best",
+        "repeats",
+    ):
+        values["search"].pop(key)
     for key in ("evaluation", "merge", "cache_dir", "device"):
         values.pop(key)
     return yaml.safe_dump(values, sort_keys=False).splitlines()

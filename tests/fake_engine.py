@@ -24,6 +24,7 @@ class FakeEngine:
 
     directory: Path
     step_seconds: float = 0.0
+    reason: str | None = None
 
     @classmethod
     def load(cls, config: SearchConfig, **kwargs: Any) -> "FakeEngine":
@@ -32,6 +33,10 @@ class FakeEngine:
     @classmethod
     def load_slow(cls, config: SearchConfig, **kwargs: Any) -> "FakeEngine":
         return cls(kwargs["cache_dir"], step_seconds=0.05)
+
+    @classmethod
+    def load_with_reason(cls, config: SearchConfig, **kwargs: Any) -> "FakeEngine":
+        return cls(kwargs["cache_dir"], reason="made up")
 
     @classmethod
     def load_broken(cls, config: SearchConfig, **kwargs: Any) -> "FakeEngine":

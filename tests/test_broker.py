@@ -63,7 +63,7 @@ def test_a_lane_gets_as_many_trials_as_it_has_places() -> None:
         assert await broker.orders("0", 1) == [start(0), start(1), start(2)]
         await broker.report(1, REPORT, final=True)
         assert await broker.orders("0", 1) == [start(3)]
-        assert await broker.places() == 3
+        assert (await broker.lanes())["0"]["places"] == 3
 
     run(scenario())
 

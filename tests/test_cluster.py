@@ -1,15 +1,19 @@
 """cluster.yaml passes Ray's own schema and preparation, and lanes may count on GPUs that are still to come."""
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raylora.cluster import Devices, _autoscaled_gpus
+from raylora.config import SearchConfig
 from raylora.errors import DeviceError
-from raylora.plan import plan_lanes
+from raylora.plan import plan_lanes, plan_places
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
@@ -39,6 +43,27 @@ def test_lanes_count_gpus_that_the_autoscaler_may_add(tmp_path: Path) -> None:
     assert _autoscaled_gpus(tmp_path / "none.yaml") == 0
     shutil.copy(ROOT / "cluster.yaml", tmp_path / "ray_bootstrap_config.yaml")
     assert _autoscaled_gpus(tmp_path / "ray_bootstrap_config.yaml") == 4
+
+
+def test_a_lane_takes_as_many_trials_as_fill_a_pass_and_one_more(
+    make_config: Callable[..., SearchConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    summary = SimpleNamespace(rows=100, tokens=6400)  # 64 tokens a row, 128 a micro-batch of two
+    data = SimpleNamespace(summaries={"train": summary})
+
+    def places(on_gpu: bool = False, n_lanes: int = 1, **search: object) -> int:
+        config = make_config(search={"n_trials": 27, **search})
+        return plan_places(config, data, on_gpu=on_gpu, n_lanes=n_lanes)  # type: ignore[arg-type]
+
+    assert places() == 512 // 128 + 1
+    assert places(tokens_per_pass=1024) == 1024 // 128 + 1
+    assert places(on_gpu=True) == 27  # 4096 / 128 = 32, but there are 27 trials
+    assert places(on_gpu=True, n_lanes=4) == 7  # a share each
+    assert places(on_gpu=True, n_trials=100) == 32  # two Tune actors a core
+    assert places(trials_per_gpu=1) == 1
+    assert places(trials_per_gpu=50) == 27
+    assert places(engine="trl") == 1
 
 
 def test_lanes_are_as_many_as_devices_and_never_more(make_config) -> None:

@@ -77,9 +77,12 @@ def test_a_missing_or_broken_file_says_so(tmp_path: Path) -> None:
 
 
 def test_rungs_grow_by_the_reduction_factor_up_to_the_budget() -> None:
-    config = load_config(SMOKE)
-    assert config.rungs(27) == [3, 9, 27]  # first rung: 27 / 3**2
-    assert config.rungs(60) == [7, 21, 60]
+    assert load_config(SMOKE, {"search.n_trials": "2"}).rungs(27) == [27]
+    assert load_config(SMOKE, {"search.n_trials": "6"}).rungs(27) == [9, 27]
+    nine = load_config(SMOKE, {"search.n_trials": "9"})
+    assert nine.rungs(27) == [3, 9, 27]  # first rung: 27 / 3**2, so that 9, 3 and 1 trials come to them
+    assert nine.rungs(60) == [7, 21, 60]
+    assert load_config(SMOKE, {"search.n_trials": "100"}).rungs(81) == [3, 9, 27, 81]  # no earlier than 1/27
     assert load_config(SMOKE, {"search.scheduler": "none"}).rungs(27) == [27]
     with pytest.raises(ConfigError, match=r"search\.grace_period must be at most max_steps = 5, found 9"):
         load_config(SMOKE, {"search.grace_period": "9"}).rungs(5)

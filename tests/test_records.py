@@ -67,6 +67,37 @@ def test_best_is_chosen_among_finished_trials(tmp_path: Path) -> None:
     assert Records(RunDirectory(tmp_path / "other")).best() is None
 
 
+def test_with_repetitions_the_choice_is_by_the_mean(tmp_path: Path) -> None:
+    records = filled(tmp_path)  # trial 0 ended at 1.0, trial 4 at 2.0
+    for number, repeat_of, seed, loss in ((5, 0, 1, 4.0), (6, 4, 1, 2.2), (7, 4, 2, 1.8)):
+        records.started(number, assignment(r=8, seed=seed), 9, repeat_of)
+        records.reported(number, {**REPORT, "step": 9, "eval_loss": loss})
+        records.ended(number, "finished")
+    first, second = records.repetitions()
+    assert (first["number"], first["n"], first["eval_loss_mean"]) == (4, 3, 2.0)
+    assert (second["number"], second["n"], second["eval_loss_mean"], second["eval_loss_spread"]) == (0, 2, 2.5, 3.0)
+    best = records.best()
+    assert best is not None
+    assert best.number == 7  # the best run of the assignment with the lowest mean, not 0 with its lucky 1.0
+    assert records.count("finished") == 3  # repetitions are no trials of their own
+    assert Records.load(RunDirectory(tmp_path)).trials == records.trials
+
+
+def test_leaders_came_furthest_and_lowest(tmp_path: Path) -> None:
+    records = filled(tmp_path)
+    assert [trial.number for trial in records.leaders(4)] == [0, 4, 1, 2]  # 2 stopped at the first rung, 3 failed
+
+
+def test_a_paused_trial_is_paused_until_it_goes_on(tmp_path: Path) -> None:
+    records = Records(RunDirectory(tmp_path), clock=lambda: 100.0)
+    records.started(0, assignment(), 9)
+    records.reported(0, REPORT)
+    records.paused(0)
+    assert Records.load(RunDirectory(tmp_path)).numbers("paused") == {0}
+    records.resumed(0)
+    assert (records.numbers("paused"), records.count("running")) == (set(), 1)
+
+
 def test_tables_are_on_disk_after_every_event(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     records = Records(run, clock=lambda: 100.0)
@@ -75,7 +106,7 @@ def test_tables_are_on_disk_after_every_event(tmp_path: Path) -> None:
     records.reported(0, REPORT)
     assert Records.load(run).history == records.history
     assert pyarrow.parquet.read_table(run.trials_file).to_pylist()[0]["state"] == "running"
-    records.ended(0, "stopped", "ASHA at step 3")
+    records.ended(0, "stopped", "not promoted from step 3")
     assert Records.load(run).trials == records.trials
 
 

@@ -111,7 +111,9 @@ def test_one_command_goes_from_rows_to_a_checked_merged_model(
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
 def test_an_ended_search_is_resumed(how: signal.Signals, space_file: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    arguments = (space_file, "--output", run.path, "--search.n_trials", 8, "--search.scheduler", "none")
+    # steps enough that it can be caught in the middle
+    many = ("--search.n_trials", 8, "--search.scheduler", "none", "--training.max_steps", 200)
+    arguments = (space_file, "--output", run.path, *many)
     process = command(*arguments)
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:
@@ -155,6 +157,8 @@ def test_a_search_uses_both_nodes_of_a_cluster(space_file: Path, tmp_path: Path)
             6,
             "--search.scheduler",
             "none",
+            "--training.max_steps",
+            400,  # the first lane must not be done before the second is up
             RAY_ADDRESS=cluster.address,
         )
         code, output = finish(process)

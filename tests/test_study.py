@@ -106,3 +106,27 @@ def test_a_grid_is_asked_point_by_point(make_config: Callable[..., SearchConfig]
     study = Study(config)
     asked = [study.ask()[1] for _ in range(config.n_trials())]
     assert [(one.r, one.seed) for one in asked] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_the_sampler_learns_from_paused_trials_as_if_they_were_pruned(config: SearchConfig) -> None:
+    def high_rates(seen: bool) -> int:
+        study, high = Study(config), 0
+        for index in range(40):
+            number, assignment = study.ask(set(range(index)) if seen else frozenset())
+            study.report(number, 3, 1.0 + (assignment.learning_rate > 1e-3))
+            high += index >= 10 and assignment.learning_rate > 1e-3
+        return high
+
+    assert high_rates(seen=True) < high_rates(seen=False) / 2
+
+
+def test_a_repetition_has_a_number_of_its_own_and_is_no_proposal(config: SearchConfig, tmp_path: Path) -> None:
+    study = Study(config, file=tmp_path / "study.db")
+    number, first = study.ask()
+    study.finish(number, 1.0)
+    again, repeated = study.repeat(number, seed=7)
+    assert again == 1
+    assert repeated == first.model_copy(update={"seed": 7})
+    assert study.n_asked() == 1
+    study.finish(again, 1.1)
+    assert stored(tmp_path / "study.db")[1].user_attrs["repeat_of"] == 0

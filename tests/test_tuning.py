@@ -153,7 +153,7 @@ def test_resuming_keeps_what_finished_and_counts_a_total(search: Callable[..., R
     records = search(points, n_trials=8)
     assert len(records.trials) == 8
     assert [records.trials[number] for number in range(4)] == [first.trials[number] for number in range(4)]
-    # ASHA remembers: 1.5e-4 is among the worst two thirds of all eight, not of the last four only
+    # the halving remembers: 1.5e-4 is among the worst two thirds of all eight, not of the last four only
     assert records.trials[5].state == "stopped"
     assert run.study_file.is_file()
 
@@ -167,3 +167,27 @@ def test_lanes_work_side_by_side_and_take_the_next_trial_at_once(search: Callabl
     first_start = min(row.reported_at for row in records.history) - 3 * 0.05
     last_end = max(row.reported_at for row in records.history)
     assert last_end - first_start < 5.4 + 3 * 1.0
+
+
+def test_the_best_assignments_are_repeated_with_other_seeds(search: Callable[..., Records], tmp_path: Path) -> None:
+    records = search([(8, rate) for rate in RATES[:4]], repeat_best=2, repeats=2)
+    repeats = [trial for trial in records.trials.values() if trial.repeat_of is not None]
+    best = sorted(range(4), key=lambda number: -records.trials[number].learning_rate)[:2]
+    assert sorted(trial.repeat_of for trial in repeats) == sorted(best * 2)
+    assert all(trial.state == "finished" and trial.step == RUNGS[-1] for trial in repeats)
+    assert all(trial.seed in (1, 2) for trial in repeats)
+    assert [row.step for row in records.history if row.number == repeats[0].number] == [RUNGS[-1]]
+    assert study_of(tmp_path).trials[repeats[0].number].state == TrialState.COMPLETE
+
+
+def test_asynchronous_halving_promotes_before_all_have_come(search: Callable[..., Records]) -> None:
+    records = search([(8, rate) for rate in RATES], scheduler="asha")
+    order = [(row.number, row.step) for row in records.history]
+    assert any(step > RUNGS[0] for _, step in order[: len(RATES)])
+    assert records.count("finished") >= 1
+    assert records.count("paused") == 0
+
+
+def test_a_lane_that_cannot_pack_says_so_once(search: Callable[..., Records]) -> None:
+    search([(8, 1e-3)] * 2, load_engine=FakeEngine.load_with_reason)
+    assert search.output.getvalue().count("lane 0 trains one trial at a time, with TRL: made up") == 1
