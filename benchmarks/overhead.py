@@ -29,7 +29,18 @@ from raylora.rung import Report
 from raylora.training import TrlEngine
 
 SPACE = "search_spaces/demo.yaml"
-SETTINGS = ["--training.max_steps", "12", "--search.grace_period", "4", "--search.reduction_factor", "3"]
+SETTINGS = [
+    "--search.engine",
+    "trl",
+    "--search.scheduler",
+    "asha",
+    "--training.max_steps",
+    "12",
+    "--search.grace_period",
+    "4",
+    "--search.reduction_factor",
+    "3",
+]
 N_TRIALS = 16
 
 

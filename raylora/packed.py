@@ -70,6 +70,9 @@ class Adapter:
         )
         """Of A and of B in each layer."""
 
+        self.shape = tuple(self.sizes[0].items())
+        """Alike for adapters whose products can be taken in one call."""
+
         self.parameters = [_zeros(sizes, device, dtype) for sizes in self.sizes]
         """A of all layers, and B of all layers, as two vectors."""
 
@@ -84,11 +87,6 @@ class Adapter:
             torch.manual_seed(self.seed)
             for view in self.lora_A.values():
                 view.copy_(nn.init.kaiming_uniform_(torch.empty(view.shape), a=math.sqrt(5)))
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """Alike for adapters whose products can be taken in one call."""
-        return tuple(self.sizes[0].items())
 
     @property
     def n_parameters(self) -> int:
@@ -290,25 +288,26 @@ class _Share:
     tokens: slice
     key: int | None
 
-    def kept(self, layer: int, x: Tensor) -> Tensor | None:
-        """Which entries of one layer's input dropout keeps; None for all. `scaling` holds its factor 1 / (1 - p).
+    @property
+    def drops(self) -> bool:
+        return self.key is not None and self.adapter.dropout > 0
 
-        They follow from the trial's seed, the micro-batch's key and the layer alone, so that it comes out the
-        same when it is drawn again for the backward pass, after a pause, or in another pack. The bits of int64 draws
-        are four times as fast as `bernoulli_` on a CPU; p is rounded to 1 / 65536.
+    def kept(self, layer: int, x: Tensor) -> Tensor:
+        """Which entries of one layer's input dropout keeps; its factor 1 / (1 - p) is in `scaling`.
+
+        They follow from the trial's seed, the micro-batch's key and the layer alone, so that they are the same when
+        they are drawn again for the backward pass, after a pause, or in another pack. The bits of int64 draws are four
+        times as fast as `bernoulli_` on a CPU; p is rounded to 1 / 65536.
         """
-        p = self.adapter.dropout
-        if self.key is None or p == 0:
-            return None
         generator = torch.Generator(x.device).manual_seed(hash((self.adapter.seed, self.key, layer)))
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
         draws = bits.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
-        return draws.view(x.shape) >= round(p * 2**16) - 2**15
+        return draws.view(x.shape) >= round(self.adapter.dropout * 2**16) - 2**15
 
     @property
     def scaling(self) -> float:
         """Of the update, with dropout's factor."""
-        return self.adapter.scaling / (1.0 if self.key is None else 1 - self.adapter.dropout)
+        return self.adapter.scaling / (1 - self.adapter.dropout if self.drops else 1.0)
 
 
 class _Group:
@@ -320,6 +319,7 @@ class _Group:
     def __init__(self, shares: list[_Share], autocast: torch.dtype | None) -> None:
         self.shares = shares
         self.tokens = slice(shares[0].tokens.start, shares[-1].tokens.stop)
+        self._lengths = [share.tokens.stop - share.tokens.start for share in shares]
         self._adapters = [share.adapter for share in shares]
         parameters = [[adapter.parameters[factor] for adapter in self._adapters] for factor in (0, 1)]
         device, self.dtype = parameters[0][0].device, autocast or parameters[0][0].dtype
@@ -331,7 +331,7 @@ class _Group:
         else:
             stacks = [torch.stack([one.detach() for one in several]) for several in parameters]
             self._gradients = [torch.zeros_like(stack) for stack in stacks]
-            lengths = torch.tensor([share.tokens.stop - share.tokens.start for share in shares])
+            lengths = torch.tensor(self._lengths)
             self._ends = lengths.cumsum(0).to(device, torch.int32)
             scalings = torch.tensor([share.scaling for share in shares], dtype=self.dtype)
             self.scaling = scalings.repeat_interleave(lengths)[:, None].to(device)
@@ -365,16 +365,11 @@ class _Group:
 
     def kept(self, layer: int, x: Tensor) -> Tensor | None:
         """Which entries of one layer's input dropout keeps; None for all."""
-        first = self.tokens.start
-        parts = [share.kept(layer, x[share.tokens.start - first : share.tokens.stop - first]) for share in self.shares]
-        if all(part is None for part in parts):
+        if not any(share.drops for share in self.shares):
             return None
-        tokens = [x[share.tokens.start - first : share.tokens.stop - first] for share in self.shares]
-        whole = [
-            torch.ones_like(one, dtype=torch.bool) if part is None else part
-            for one, part in zip(tokens, parts, strict=True)
-        ]
-        return torch.cat(whole) if len(whole) > 1 else whole[0]
+        parts = zip(self.shares, x.split(self._lengths), strict=True)
+        masks = [share.kept(layer, part) for share, part in parts]
+        return masks[0] if len(masks) == 1 else torch.cat(masks)
 
     def hand_out_gradients(self) -> None:
         """Where they were gathered for several adapters: adds them to the adapters' own."""

@@ -39,7 +39,7 @@ class Report:
     """All other time since the last report, or since the trial came to the engine: set-up, logging, saving."""
 
     peak_memory_mib: float
-    """Peak of the trial so far: GPU memory allocated, or the process's resident memory on a CPU."""
+    """Peak of the process that trains it, so far: GPU memory allocated, or resident memory on a CPU."""
 
     trainable_parameters: int
     checkpoint: str
