@@ -8,13 +8,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from raylora.adapters import Adapter
 from raylora.base_model import compute_dtype, linear_shapes, load_base_model
 from raylora.batches import TokenRows
 from raylora.config import SearchConfig
 from raylora.data import load_part
 from raylora.errors import PackingError
+from raylora.layout import MicroBatch
 from raylora.memory import MemoryEstimate, free_memory_mib, tokens_per_pass
-from raylora.packed import Adapter, MicroBatch
 from raylora.packed_engine import PackedEngine
 from raylora.training import TrlEngine
 

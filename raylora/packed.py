@@ -15,118 +15,18 @@ what a trial learns does not depend on who trains beside it.
     # adapter.parameters now hold gradients; any torch optimizer takes it from here
 """
 
-import itertools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from raylora.data.tokens import IGNORE
+from raylora.adapters import Shapes
+from raylora.layout import Group, Layout, MicroBatch
 from raylora.memory import CHUNK
-
-Shapes = dict[str, tuple[int, int]]
-"""Name of an adapted layer -> (in_features, out_features), in the model's order."""
-
-
-class Adapter:
-    """One trial's low-rank factors: views into two vectors, which are all that an optimizer has to know.
-
-    Args:
-        shapes: layers to adapt.
-        r: rank.
-        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA (arXiv:2312.03732).
-        dropout: drop probability on the input of A, in [0, 1).
-        seed: of A's first values and of the dropout masks.
-        device: where it lives.
-        dtype: its own precision, whatever the base's.
-        rank_multiple: the rank is filled up to a multiple of this with zeros, which stay zero: A's new rows get their
-            gradient through B's new columns, and the other way round.
-    """
-
-    def __init__(
-        self,
-        shapes: Shapes,
-        *,
-        r: int,
-        scaling: float,
-        dropout: float,
-        seed: int,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        rank_multiple: int = 1,
-    ) -> None:
-        self.r, self.scaling, self.dropout, self.seed = r, scaling, dropout, seed
-        rows = rank_multiple * math.ceil(r / rank_multiple)
-        self.sizes = (
-            {name: (rows, in_features) for name, (in_features, _) in shapes.items()},
-            {name: (out_features, rows) for name, (_, out_features) in shapes.items()},
-        )
-        """Of A and of B in each layer."""
-
-        self.shape = tuple(self.sizes[0].items())
-        """Alike for adapters whose products can be taken in one call."""
-
-        self.parameters = [_zeros(sizes, device, dtype) for sizes in self.sizes]
-        """A of all layers, and B of all layers, as two vectors."""
-
-        views_A, views_B = (_views(*pair) for pair in zip(self.parameters, self.sizes, strict=True))
-        self.lora_A = {name: view.data[:r] for name, view in views_A.items()}
-        self.lora_B = {name: view.data[:, :r] for name, view in views_B.items()}
-        self._draw_A()
-
-    def _draw_A(self) -> None:
-        """A's first values as peft draws them (peft 0.21, LoraLayer.reset_lora_parameters); B starts at zero."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            for view in self.lora_A.values():
-                view.copy_(nn.init.kaiming_uniform_(torch.empty(view.shape), a=math.sqrt(5)))
-
-    @property
-    def n_parameters(self) -> int:
-        """Trained ones."""
-        return sum(view.numel() for views in (self.lora_A, self.lora_B) for view in views.values())
-
-    def zero_grad(self) -> None:
-        """Clears the gradients in place, since the views must go on pointing at them."""
-        for parameter in self.parameters:
-            parameter.grad.zero_()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The factors under peft's names."""
-        return {
-            f"base_model.model.{name}.lora_{factor}.weight": view
-            for factor, views in (("A", self.lora_A), ("B", self.lora_B))
-            for name, view in views.items()
-        }
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows of one trial that go through the base together."""
-
-    adapter: Adapter
-    input_ids: list[Tensor]
-    """One (length,) int64 tensor per row."""
-
-    labels: list[Tensor]
-    """Like `input_ids`; IGNORE where a token bears no loss."""
-
-    weight: float = 1.0
-    """Factor of each token's loss: one over the tokens of the whole optimizer step that bear loss."""
-
-    key: int | None = None
-    """Counts the trial's micro-batches; with the adapter's seed, it decides the dropout masks. None: no dropout."""
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(len(row) for row in self.input_ids)
 
 
 class Pack:
@@ -154,7 +54,7 @@ class Pack:
     ) -> None:
         self.model, self._autocast, self._grouped, self._chunk = model, autocast, grouped, chunk
         self.shapes: Shapes = {name: _features(model.get_submodule(name)) for name in names}
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._handles = [
             model.get_submodule(name).register_forward_hook(self._add_updates(index, name))
             for index, name in enumerate(names)
@@ -207,10 +107,10 @@ class Pack:
                 if isinstance(module, nn.Dropout):
                     module.eval()
 
-    def _hidden(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, "_Layout"]:
+    def _hidden(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Layout]:
         """(n, hidden_size) last hidden states at the n positions whose next token bears loss."""
         device = self.model.device
-        self._layout = layout = _Layout(micro_batches, device, self._autocast, grouped=self._grouped)
+        self._layout = layout = Layout(micro_batches, device, self._autocast, grouped=self._grouped)
         backbone = getattr(self.model, self.model.base_model_prefix)
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
             output = backbone(input_ids=layout.input_ids[None], position_ids=layout.position_ids[None], use_cache=False)
@@ -254,7 +154,7 @@ class Pack:
         )
         return layout.unpad(attended)[None], None
 
-    def _cross_entropy(self, hidden: Tensor, layout: "_Layout", *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def _cross_entropy(self, hidden: Tensor, layout: Layout, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Loss of each position, and with it the gradient of the weighted sum, before the next chunk's logits exist.
 
         Returns:
@@ -280,165 +180,6 @@ class Pack:
         return torch.cat(nll), torch.cat(gradients).to(hidden.dtype) if with_gradient else None
 
 
-@dataclass(frozen=True)
-class _Share:
-    """The tokens of one micro-batch within the sequence."""
-
-    adapter: Adapter
-    tokens: slice
-    key: int | None
-
-    @property
-    def drops(self) -> bool:
-        return self.key is not None and self.adapter.dropout > 0
-
-    def kept(self, layer: int, x: Tensor) -> Tensor:
-        """Which entries of one layer's input dropout keeps; its factor 1 / (1 - p) is in `scaling`.
-
-        They follow from the trial's seed, the micro-batch's key and the layer alone, so that they are the same when
-        they are drawn again for the backward pass, after a pause, or in another pack. The bits of int64 draws are four
-        times as fast as `bernoulli_` on a CPU; p is rounded to 1 / 65536.
-        """
-        generator = torch.Generator(x.device).manual_seed(hash((self.adapter.seed, self.key, layer)))
-        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
-        draws = bits.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
-        return draws.view(x.shape) >= round(self.adapter.dropout * 2**16) - 2**15
-
-    @property
-    def scaling(self) -> float:
-        """Of the update, with dropout's factor."""
-        return self.adapter.scaling / (1 - self.adapter.dropout if self.drops else 1.0)
-
-
-class _Group:
-    """Shares of adapters of one shape that lie one behind the other, so that each product of theirs is one call.
-
-    A share that is alone works on its adapter's own memory; the factors of several are stacked for this pass.
-    """
-
-    def __init__(self, shares: list[_Share], autocast: torch.dtype | None) -> None:
-        self.shares = shares
-        self.tokens = slice(shares[0].tokens.start, shares[-1].tokens.stop)
-        self._lengths = [share.tokens.stop - share.tokens.start for share in shares]
-        self._adapters = [share.adapter for share in shares]
-        parameters = [[adapter.parameters[factor] for adapter in self._adapters] for factor in (0, 1)]
-        device, self.dtype = parameters[0][0].device, autocast or parameters[0][0].dtype
-        sizes = self._adapters[0].sizes
-        if len(shares) == 1:
-            stacks = [one.detach()[None] for (one,) in parameters]
-            self._gradients = [one.grad[None] for (one,) in parameters]
-            self.scaling: float | Tensor = shares[0].scaling
-        else:
-            stacks = [torch.stack([one.detach() for one in several]) for several in parameters]
-            self._gradients = [torch.zeros_like(stack) for stack in stacks]
-            lengths = torch.tensor(self._lengths)
-            self._ends = lengths.cumsum(0).to(device, torch.int32)
-            scalings = torch.tensor([share.scaling for share in shares], dtype=self.dtype)
-            self.scaling = scalings.repeat_interleave(lengths)[:, None].to(device)
-        # (adapters, r, in_features) and (adapters, out_features, r) of each layer
-        self.lora_A, self.lora_B = (
-            _views(stack.to(self.dtype), size) for stack, size in zip(stacks, sizes, strict=True)
-        )
-        self.grad_A, self.grad_B = (
-            _views(gradient, size) for gradient, size in zip(self._gradients, sizes, strict=True)
-        )
-
-    def times(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """(tokens, n) @ (adapters, n, m): the tokens of each share times the matrix of its own adapter."""
-        return x @ matrices[0] if len(matrices) == 1 else grouped_mm(x, matrices, offs=self._ends)
-
-    def add_times(self, total: Tensor, x: Tensor, matrices: Tensor) -> None:
-        """Adds `times`."""
-        if len(matrices) == 1 and total.dtype == x.dtype:
-            total.addmm_(x, matrices[0])
-        else:
-            total.add_(self.times(x, matrices))
-
-    def add_outer(self, gradients: Tensor, left: Tensor, right: Tensor) -> None:
-        """Adds (n, tokens) @ (tokens, m) of each share to its own of (adapters, n, m)."""
-        if len(gradients) == 1 and gradients.dtype == left.dtype:
-            gradients[0].addmm_(left.t(), right)
-        elif len(gradients) == 1:
-            gradients[0].add_(left.t() @ right)
-        else:
-            gradients.add_(grouped_mm(left.t(), right, offs=self._ends))
-
-    def kept(self, layer: int, x: Tensor) -> Tensor | None:
-        """Which entries of one layer's input dropout keeps; None for all."""
-        if not any(share.drops for share in self.shares):
-            return None
-        parts = zip(self.shares, x.split(self._lengths), strict=True)
-        masks = [share.kept(layer, part) for share, part in parts]
-        return masks[0] if len(masks) == 1 else torch.cat(masks)
-
-    def hand_out_gradients(self) -> None:
-        """Where they were gathered for several adapters: adds them to the adapters' own."""
-        if len(self.shares) > 1:
-            for index, adapter in enumerate(self._adapters):
-                for parameter, gradients in zip(adapter.parameters, self._gradients, strict=True):
-                    parameter.grad += gradients[index]
-
-
-class _Layout:
-    """Where each row of each micro-batch lies in the sequence."""
-
-    def __init__(
-        self, micro_batches: list[MicroBatch], device: torch.device, autocast: torch.dtype | None, *, grouped: bool
-    ) -> None:
-        # adapters of one shape side by side
-        order = list(range(len(micro_batches)))
-        if grouped:
-            order.sort(key=lambda index: micro_batches[index].adapter.shape)
-        placed = [micro_batches[index] for index in order]
-        rows = [row for batch in placed for row in batch.input_ids]
-        labels = torch.cat([row for batch in placed for row in batch.labels])
-        lengths = torch.tensor([len(row) for row in rows])
-        ends = lengths.cumsum(0)
-        starts = ends - lengths
-        n_tokens = [batch.n_tokens for batch in placed]
-        stops = list(itertools.accumulate(n_tokens))
-        shares = [
-            _Share(batch.adapter, slice(stop - n, stop), batch.key)
-            for batch, stop, n in zip(placed, stops, n_tokens, strict=True)
-        ]
-        alike = itertools.groupby(shares, key=lambda share: share.adapter.shape if grouped else share.tokens.start)
-        self.groups = [_Group(list(group), autocast) for _, group in alike]
-        self.longest = int(lengths.max())
-        owner = torch.tensor(order).repeat_interleave(torch.tensor(n_tokens))
-        # a position predicts the next token of its row; a row's first token is predicted by none
-        bears_loss = labels != IGNORE
-        bears_loss[starts] = False
-        predicted = bears_loss.nonzero()[:, 0]
-        positions = torch.arange(int(ends[-1])) - starts.repeat_interleave(lengths)
-        weights = torch.tensor([batch.weight for batch in micro_batches], dtype=torch.float64)
-
-        self.input_ids = torch.cat(rows).to(device)
-        self.position_ids = positions.to(device)
-        self.predicting = (predicted - 1).to(device)
-        self.targets = labels[predicted].to(device)
-        self._owner = owner[predicted].to(device)
-        self.weights = weights.to(device)
-        self.token_weights = weights[owner[predicted]].to(device)
-        # where the tokens of (rows, longest) stand that are inside their row
-        inside = torch.arange(self.longest) < lengths[:, None]
-        self._inside = inside.flatten().nonzero()[:, 0].to(device)
-        self._n_rows = len(rows)
-
-    def pad(self, sequence: Tensor) -> Tensor:
-        """(tokens, ...) -> (rows, longest, ...). What stands behind a row's end, no causal attention sees."""
-        padded = sequence.new_zeros(self._n_rows * self.longest, *sequence.shape[1:])
-        return padded.index_copy(0, self._inside, sequence).unflatten(0, (self._n_rows, self.longest))
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """(rows, longest, ...) -> (tokens, ...)."""
-        return padded.flatten(0, 1).index_select(0, self._inside)
-
-    def sums(self, values: Tensor) -> Tensor:
-        """(n,) values of predicting positions -> their sum for each micro-batch."""
-        total = torch.zeros(len(self.weights), dtype=torch.float64, device=values.device)
-        return total.index_add_(0, self._owner, values.double())
-
-
 class _LowRankUpdates(torch.autograd.Function):
     """Adds scaling * B A dropout(x) to the tokens of each group, in place.
 
@@ -446,7 +187,7 @@ class _LowRankUpdates(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, layer: int, name: str, groups: list[_Group]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, layer: int, name: str, groups: list[Group]) -> Tensor:
         tokens_in, tokens_out = x.flatten(0, -2), output.flatten(0, -2)
         reduced = []
         for group in groups:
@@ -476,18 +217,6 @@ class _LowRankUpdates(torch.autograd.Function):
 
 def _only(kept: Tensor | None, x: Tensor) -> Tensor:
     return x if kept is None else x * kept
-
-
-def _zeros(sizes: dict[str, tuple[int, int]], device: str | torch.device, dtype: torch.dtype) -> nn.Parameter:
-    vector = nn.Parameter(torch.zeros(sum(a * b for a, b in sizes.values()), device=device, dtype=dtype))
-    vector.grad = torch.zeros_like(vector)
-    return vector
-
-
-def _views(vectors: Tensor, sizes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """(..., n) cut into one (..., a, b) for each layer."""
-    parts = vectors.split([a * b for a, b in sizes.values()], dim=-1)
-    return {name: part.unflatten(-1, size) for (name, size), part in zip(sizes.items(), parts, strict=True)}
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

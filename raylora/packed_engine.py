@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, get_scheduler
 
+from raylora.adapters import Adapter, Shapes
 from raylora.base_model import is_target, resolve_target_modules
 from raylora.batches import RowOrder, TokenRows
 from raylora.config import TrainingSection
 from raylora.errors import TrialError
 from raylora.files import replacing
-from raylora.packed import Adapter, MicroBatch, Pack, Shapes
+from raylora.layout import MicroBatch
+from raylora.packed import Pack
 from raylora.rung import Report, peak_memory_mib, reset_peak_memory
 from raylora.space import Assignment
 

@@ -22,9 +22,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from raylora.adapters import Adapter
 from raylora.base_model import linear_shapes
 from raylora.data.tokens import IGNORE
-from raylora.packed import Adapter, MicroBatch, Pack
+from raylora.layout import Layout, MicroBatch
+from raylora.packed import Pack
 
 SIZES = {
     "vocab_size": 60,
@@ -192,8 +194,7 @@ def test_dropout_drops_the_share_it_is_told_to() -> None:
     seen: list[Tensor] = []
     one = adapter(pack, dropout=0.25)
     ids, labels = rows()
-    pack._layout = None
-    group = _only_group(pack, MicroBatch(one, ids, labels, 1.0, key=7))
+    (group,) = Layout([MicroBatch(one, ids, labels, 1.0, key=7)], torch.device("cpu"), None, grouped=False).groups
     x = torch.ones(sum(LENGTHS), 1000, dtype=torch.float64)
     for layer in range(20):
         kept = group.kept(layer, x)
@@ -203,12 +204,6 @@ def test_dropout_drops_the_share_it_is_told_to() -> None:
     assert float(torch.stack(seen).mean()) == pytest.approx(0.75, abs=0.003)
     assert torch.equal(group.kept(3, x), group.kept(3, x))
     assert not torch.equal(group.kept(3, x), group.kept(4, x))
-
-
-def _only_group(pack: Pack, batch: MicroBatch):  # type: ignore[no-untyped-def]
-    from raylora.packed import _Layout  # noqa: PLC0415  # the one look behind the curtain
-
-    return _Layout([batch], torch.device("cpu"), None, grouped=False).groups[0]
 
 
 def test_a_diverged_trial_leaves_its_neighbours_alone() -> None:

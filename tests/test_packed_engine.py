@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raylora import training
+from raylora.adapters import Adapter
 from raylora.batches import TokenRows
 from raylora.config import SearchConfig
 from raylora.errors import TrialError
+from raylora.layout import MicroBatch
 from raylora.losses import eval_loss
-from raylora.packed import Adapter, MicroBatch
 from raylora.packed_engine import PackedEngine, cut
 from raylora.rung import Report
 from raylora.space import Assignment
