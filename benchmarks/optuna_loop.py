@@ -55,7 +55,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "space": space,
-        "settings": [setting for setting in settings if folder not in setting],
+        "settings": settings[:-2],
         "search_seconds": ours,
         "search_eval_loss": best.eval_loss,
         "search_steps": sum(trial.step for trial in records.trials.values()),

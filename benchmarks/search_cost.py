@@ -52,7 +52,7 @@ def main() -> None:
             "date": date.today().isoformat(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {lane['device']}",
             "space": space,
-            "settings": [setting for setting in settings if folder not in setting],
+            "settings": settings[:-2],
             "engine": lane["engine"],
             "places": lane["places"],
             "trials": len(trials),
