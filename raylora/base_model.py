@@ -98,11 +98,21 @@ def load_base_model(section: BaseModelSection, cache_dir: Path, device: str) -> 
     checkpoint = find_checkpoint(section, cache_dir)
     options = _source_options(section)
     with _explained(section):
-        if section.quantization == "nf4" and not is_quantized(load_model_config(section, checkpoint)):
-            checkpoint, options = str(_quantized(section, checkpoint, cache_dir, device)), {}
+        if section.quantization == "nf4":
+            nf4 = nf4_checkpoint(section, cache_dir, device)
+            checkpoint, options = nf4, options if nf4 == checkpoint else {}
         model = load_plain(checkpoint, device, dtype, attn_implementation=section.attn_implementation, **options)
     model.requires_grad_(False)
     return model
+
+
+def nf4_checkpoint(section: BaseModelSection, cache_dir: Path, device: str) -> str:
+    """Directory or Hub id of the base in NF4: as it is where it is quantized already, else from the cache."""
+    checkpoint = find_checkpoint(section, cache_dir)
+    with _explained(section):
+        if is_quantized(load_model_config(section, checkpoint)):
+            return checkpoint
+        return str(_quantized(section, checkpoint, cache_dir, device))
 
 
 def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
@@ -196,13 +206,13 @@ def _source_options(section: BaseModelSection) -> dict[str, Any]:
 def _converted_gguf(path: Path, cache_dir: Path) -> Path:
     if not path.is_file():
         raise BaseModelError(f"base model not found: {path}")
-    try:
-        gguf.GGUFReader(path)
-    except Exception as error:  # the reader raises whatever numpy meets in a broken file
-        raise BaseModelError(f"{path} is not a readable GGUF file: {error}") from error
     directory = cache_dir / "gguf" / _digest(*_file_state(path))
     with FileLock(_lock(directory)):
         if not directory.is_dir():
+            try:
+                gguf.GGUFReader(path)
+            except Exception as error:  # the reader raises whatever numpy meets in a broken file
+                raise BaseModelError(f"{path} is not a readable GGUF file: {error}") from error
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
                 model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             # transformers keeps the GGUF quantizer on the expanded model, and save_pretrained would call it

@@ -11,7 +11,7 @@ from raylora.search import search
 from raylora.trial import trial
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
-app.command(context_settings=OVERRIDES)(search)
-app.command(context_settings=OVERRIDES)(trial)
-for function in (merge, evaluate, report, doctor):
+for function in (search, trial, merge):
+    app.command(context_settings=OVERRIDES)(function)
+for function in (evaluate, report, doctor):
     app.command()(function)

@@ -8,6 +8,7 @@ import functools
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -72,6 +73,17 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
             value = rest.pop(0)
         overrides[key] = value
     return overrides
+
+
+def split_arguments(first: Path | None, rest: list[str]) -> tuple[Path | None, dict[str, str]]:
+    """An optional first argument and the overrides after it: left out, typer takes the first override for it.
+
+    Raises:
+        ConfigError: as of `parse_overrides`.
+    """
+    if first is not None and str(first).startswith("--"):
+        return None, parse_overrides([str(first), *rest])
+    return first, parse_overrides(rest)
 
 
 def console() -> Console:

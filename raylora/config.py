@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -208,8 +208,22 @@ class SearchSection(Section):
 class MergeSection(Section):
     """What the best adapter is merged into."""
 
-    formats: list[Literal["nf4", "bf16"]] = ["nf4"]
-    """Model directories to write: `nf4` stays 4-bit, `bf16` is four times the size and exact to rounding."""
+    formats: list[Literal["nf4", "bf16", "residual"]] = Field(["nf4"], min_length=1)
+    """Model directories to write: `nf4` stays 4-bit; `bf16` is four times the size and exact to rounding; `residual`
+    is nf4 with a small adapter beside it, for what rounding lost."""
+
+    strategy: Literal["auto", "all", "peft", "requantize", "stochastic", "calibrated"] = "auto"
+    """How weights are rounded to 4 bit; auto tries all but `peft`, `all` that too, for comparison; the one of lowest
+    validation loss is written."""
+
+    tolerance: float = Field(0.02, ge=0)
+    """The merge fails its check where validation loss rises by more than this share over the unmerged adapter's."""
+
+    calibration_tokens: int = Field(4096, ge=64)
+    """Training tokens that `calibrated` looks at, at most."""
+
+    residual_rank: PositiveInt = 16
+    """Rank of the adapter that `residual` keeps."""
 
 
 class EvaluationSection(Section):
@@ -293,6 +307,25 @@ class SearchConfig(Section):
         return [*rungs, max_steps]
 
 
+class MergeConfig(Section):
+    """Everything that the merge of one adapter needs, outside a search."""
+
+    base_model: BaseModelSection
+    data: DataSection | None = None
+    """Rows to calibrate and measure with; without them nothing is measured."""
+
+    merge: MergeSection = MergeSection()
+    per_device_eval_batch_size: PositiveInt = 8
+    """Rows per forward pass when measuring."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    cache_dir: str | None = None
+    """Where tokens and quantized bases are kept; None is `.cache` beside the output."""
+
+
+_S = TypeVar("_S", bound=Section)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `2e-4` as text for want of a dot; here it is the number that everyone means."""
 
@@ -321,19 +354,31 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Se
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections (base_model, data, space, ...), found {type(values).__name__}")
-    for key, text in (overrides or {}).items():
-        _set(values, key, text)
-    return _with_absolute_paths(build_config(values, source=str(path)))
+    return _with_absolute_paths(build_config(_changed(values, overrides or {}), source=str(path)))
 
 
 def build_config(values: dict[str, Any], *, source: str) -> SearchConfig:
     """Validates plain values, e.g. of a resolved config; `source` opens the error message."""
+    return _validated(SearchConfig, values, source)
+
+
+def change_config(config: SearchConfig, overrides: dict[str, str]) -> SearchConfig:
+    """A config with some settings changed, dotted key -> value as typed."""
+    return build_config(_changed(config.model_dump(mode="json"), overrides), source="command line")
+
+
+def build_merge_config(base: str, overrides: dict[str, str]) -> MergeConfig:
+    """Settings of a merge without a search: the base's name, and dotted key -> value as typed."""
+    return _validated(MergeConfig, _changed({"base_model": {"name": base}}, overrides), "command line")
+
+
+def _validated(kind: type[_S], values: dict[str, Any], source: str) -> _S:
     try:
-        return SearchConfig.model_validate(values)
+        return kind.model_validate(values)
     except ConfigError:
         raise
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(item, kind) for item in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from error
 
 
@@ -357,6 +402,12 @@ def dump_config(config: SearchConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _changed(values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
+    for key, text in overrides.items():
+        _set(values, key, text)
+    return values
+
+
 def _set(values: dict[str, Any], key: str, text: str) -> None:
     *sections, last = key.split(".")
     for section in sections:
@@ -369,12 +420,12 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
         raise ConfigError(f"--{key}: not valid YAML: {text}") from error
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, kind: type[BaseModel]) -> str:
     """One pydantic error as `key = value: rule`, with the nearest key for an unknown one."""
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        known = list(_section(location[:-1]).model_fields)
+        known = list(_section(kind, location[:-1]).model_fields)
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
@@ -386,8 +437,7 @@ def _explain(item: Any) -> str:
     return f"{key} = {item['input']!r}: {rule}"
 
 
-def _section(location: list[str]) -> type[BaseModel]:
-    section: type[BaseModel] = SearchConfig
+def _section(section: type[BaseModel], location: list[str]) -> type[BaseModel]:
     for part in location:
         annotation = section.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

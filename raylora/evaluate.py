@@ -13,7 +13,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from raylora.base_model import compute_dtype, find_checkpoint, load_base_model, load_plain, load_tokenizer
+from raylora.base_model import compute_dtype, find_checkpoint, load_base_model, load_tokenizer
 from raylora.commands import command, console, run_command
 from raylora.data import load_part
 from raylora.errors import RunDirectoryError
@@ -22,6 +22,7 @@ from raylora.generate import Answers, agreement, generate, score
 from raylora.losses import eval_loss
 from raylora.run_directory import RunDirectory
 from raylora.tables import print_table
+from raylora.write_model import load_merged
 
 
 @command
@@ -72,7 +73,7 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
     check("adapter", PeftModel.from_pretrained(base, str(run.best_adapter)))
     del base
     for form in merged_forms:
-        check(f"merged_{form}", load_plain(str(run.merged(form)), device, compute_dtype(section, device)))
+        check(f"merged_{form}", load_merged(run.merged(form), device, compute_dtype(section, device)))
     result = {
         "n_rows": len(heldout),
         "n_prompts": len(asked),

@@ -21,18 +21,29 @@ def eval_loss(model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int
         batch_size: rows per forward pass.
         pad_token_id: fills short rows on the right, where causal attention cannot see it.
     """
+    total, count = 0.0, 0
+    for logits, targets in predictions(model, part, batch_size=batch_size, pad_token_id=pad_token_id):
+        total += float(cross_entropy(logits, targets, reduction="sum"))
+        count += len(targets)
+    return total / max(1, count)
+
+
+def predictions(
+    model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int, pad_token_id: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What a model makes of each token that bears loss, in batches: logits (tokens, vocabulary), tokens (tokens,).
+
+    Arguments as of `eval_loss`; rows come in the same order for every model. Logits are at least float32.
+    """
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
     for input_ids, labels in _batches(part, batch_size, pad_token_id):
         with torch.inference_mode():
             logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits[:, :-1]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             targets = labels[:, 1:].to(logits.device)
-            total += float(cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"))
-        count += int((targets != IGNORE).sum())
+            bears_loss = targets != IGNORE
+            yield logits[bears_loss].to(torch.promote_types(logits.dtype, torch.float32)), targets[bears_loss]
     model.train(was_training)
-    return total / max(1, count)
 
 
 def _batches(part: datasets.Dataset, batch_size: int, pad_token_id: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -42,10 +53,11 @@ def _batches(part: datasets.Dataset, batch_size: int, pad_token_id: int) -> Iter
     for start in range(0, len(order), batch_size):
         batch = [rows[index] for index in order[start : start + batch_size]]
         yield (
-            _padded([row["input_ids"] for row in batch], pad_token_id),
-            _padded([row["labels"] for row in batch], IGNORE),
+            pad([row["input_ids"] for row in batch], pad_token_id),
+            pad([row["labels"] for row in batch], IGNORE),
         )
 
 
-def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+def pad(rows: list[list[int]], fill: int) -> torch.Tensor:
+    """Rows of unlike length as one matrix, (rows, longest), filled on the right."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)

@@ -1,26 +1,27 @@
-"""Merges the best trial's adapter into the base and measures what the merge lost.
+"""Merges an adapter into a 4-bit base so that the fine-tune survives, and measures that it did.
 
-Run as `python -m raylora.merge RUN_DIRECTORY`.
+Run as `python -m raylora.merge RUN_DIRECTORY` after a search, or on any LoRA adapter of peft as
+`python -m raylora.merge --base MODEL --adapter DIR --output DIR [--data.train FILE]`.
 
 The update is far smaller than a quantization step, so adding it to the dequantized NF4 weight and quantizing again
-would round it away. It is added to the original 16-bit weight instead, and the sum quantized (docs/design.md).
+would round it away. Each strategy is measured on validation rows, and the best is written (docs/merge.md).
 """
 
 import json
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import bitsandbytes
 import torch
 import typer
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raylora.base_model import (
     compute_dtype,
@@ -28,28 +29,83 @@ from raylora.base_model import (
     is_quantized,
     load_base_model,
     load_model_config,
-    load_plain,
     load_tokenizer,
+    nf4_checkpoint,
 )
-from raylora.commands import command, console, run_command
-from raylora.data import load_part
-from raylora.errors import MergeError, RunDirectoryError
+from raylora.calibrate import calibrate
+from raylora.checkpoints import local_directory
+from raylora.commands import command, console, run_command, split_arguments
+from raylora.compare import Reference
+from raylora.config import BaseModelSection, MergeSection, build_merge_config, change_config
+from raylora.data import PARTS, load_part, prepare_data
+from raylora.errors import ConfigError, DeviceError, MergeError, RunDirectoryError
 from raylora.files import replacing, write_json
 from raylora.losses import eval_loss
+from raylora.memory import MIB
 from raylora.records import Records, TrialRow
 from raylora.run_directory import RunDirectory
+from raylora.rung import peak_memory_mib, reset_peak_memory
+from raylora.source import Source
+from raylora.strategies import LAYER_BY_LAYER, Rounded, Save, round_layers, update_kept
 from raylora.tables import print_table
+from raylora.write_model import load_merged, put, write_bf16, write_nf4, write_residual
 
-Weights = Callable[[str], torch.Tensor]
-"""Module name -> weight in (out_features, in_features)."""
+REPORT = "merge.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to merge."""
+
+    base: BaseModelSection
+    adapter: Path
+    outputs: dict[str, Path]
+    """Form -> directory to write."""
+
+    settings: MergeSection
+    cache_dir: Path
+    device: str
+    tokens_dir: Path | None
+    """Tokenised train, validation and held-out rows; without them nothing is measured."""
+
+    batch_size: int
+    """Rows per forward pass when measuring."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One strategy's model."""
+
+    strategy: str
+    rounded: Rounded
+    facts: dict[str, Any]
+
+    def eval_loss(self) -> float:
+        """Validation loss, or zero where nothing is measured."""
+        return self.facts.get("eval_loss", 0.0)
 
 
 @command
-def merge(run_directory: Annotated[Path, typer.Argument(help="Folder of a search.")]) -> None:
-    """Merge the best trial's adapter into the base, and measure the validation loss before and after."""
-    run = RunDirectory(run_directory)
-    save_best_adapter(run)
-    show_merge(merge_run(run), console())
+def merge(
+    context: typer.Context,
+    run_directory: Annotated[Path | None, typer.Argument(help="Folder of a search.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: Hub id, directory or GGUF file.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter in peft's format.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write the merged model to.")] = None,
+) -> None:
+    """Merge a search's best adapter, or any adapter, and measure what it lost. Any setting: --merge.strategy NAME."""
+    run_directory, overrides = split_arguments(run_directory, context.args)
+    if run_directory is not None:
+        run = RunDirectory(run_directory)
+        save_best_adapter(run)
+        result = merge_run(run, overrides)
+    elif base is not None and adapter is not None and output is not None:
+        result = merge_adapter(_job(base, adapter, output, overrides))
+        write_json(output / REPORT, result)
+    else:
+        raise ConfigError("needs the folder of a search, or --base, --adapter and --output")
+    show_merge(result, console())
+    check_tolerance(result)
 
 
 def save_best_adapter(run: RunDirectory) -> TrialRow:
@@ -62,10 +118,11 @@ def save_best_adapter(run: RunDirectory) -> TrialRow:
     if best is None or best.checkpoint is None:
         raise RunDirectoryError(f"{run.path} holds no trial that reached the full budget, so none can be called best")
     base = run.config().base_model
+    checkpoint = run.trial(best.number) / Path(best.checkpoint).name  # as written, unless the run directory was moved
     with replacing(run.best_adapter) as temporary:
         temporary.mkdir()
-        shutil.copy(Path(best.checkpoint) / "adapter_model.safetensors", temporary)
-        config = json.loads((Path(best.checkpoint) / "adapter_config.json").read_text(encoding="utf-8"))
+        shutil.copy(checkpoint / "adapter_model.safetensors", temporary)
+        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
         write_json(
             temporary / "adapter_config.json",
             {**config, "base_model_name_or_path": base.name, "revision": base.revision},
@@ -73,140 +130,314 @@ def save_best_adapter(run: RunDirectory) -> TrialRow:
     return best
 
 
-def merge_run(run: RunDirectory) -> dict[str, Any]:
-    """Merges in every form that the config asks for and writes `merge.json`.
+def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dict[str, Any]:
+    """Merges a search's best adapter, and writes the merged models and `merge.json` into its run directory.
 
     Returns:
-        `strategy`, `eval_loss` (name of the model -> validation loss in nats per token), `seconds` and `size_mib` (by
-        form).
+        As of `merge_adapter`.
 
     Raises:
-        MergeError: a form cannot be made from this base.
+        MergeError: the merge cannot be made.
         RunDirectoryError: no adapter to merge.
     """
     if not run.best_adapter.is_dir():
         raise RunDirectoryError(f"{run.path} holds no best_adapter")
-    config, provenance = run.config(), run.provenance()
-    device = "cuda:0" if provenance["on_gpu"] and torch.cuda.is_available() else "cpu"
-    base_section, cache_dir = config.base_model, run.cache(config)
-    checkpoint = find_checkpoint(base_section, cache_dir)
-    tokenizer = load_tokenizer(base_section, checkpoint)
-    validation = load_part(Path(provenance["tokens_dir"]), "validation")
-    has_original = not is_quantized(load_model_config(base_section, checkpoint))
-
-    def loss(model: PreTrainedModel) -> float:
-        batch_size = config.training.per_device_eval_batch_size
-        return eval_loss(model, validation, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id)
-
-    base = load_base_model(base_section, cache_dir, device)
-    losses = {"base": loss(base)}
-    del base
-    seconds, sizes = {}, {}
-    for form in config.merge.formats:
-        began = time.perf_counter()
-        model = PeftModel.from_pretrained(load_base_model(base_section, cache_dir, device), str(run.best_adapter))
-        losses["adapter"] = loss(model)
-        if form == "nf4":
-            merged = merge_nf4(model, _original(checkpoint, base_section.trust_remote_code) if has_original else None)
-        else:
-            merged = _merge_bf16(model, checkpoint, has_original, base_section.trust_remote_code, device)
-        losses[f"merged_{form}"] = loss(merged)
-        with replacing(run.merged(form)) as temporary:
-            # transformers 5.23 cannot undo its conversion of bitsandbytes weights, and nothing needs it undone
-            merged.save_pretrained(temporary, save_original_format=False)
-            tokenizer.save_pretrained(temporary)
-        del model, merged
-        reloaded = load_plain(str(run.merged(form)), device, compute_dtype(base_section, device))
-        losses[f"merged_{form}_reloaded"] = loss(reloaded)
-        del reloaded
-        seconds[form] = time.perf_counter() - began
-        sizes[form] = sum(file.stat().st_size for file in run.merged(form).rglob("*")) / 2**20
-    strategy = "quantize(W16 + dW)" if has_original else "quantize(dequantize(NF4(W)) + dW), for want of 16-bit weights"
-    result = {"strategy": strategy, "eval_loss": losses, "seconds": seconds, "size_mib": sizes}
+    config, provenance = change_config(run.config(), overrides or {}), run.provenance()
+    result = merge_adapter(
+        Job(
+            base=config.base_model,
+            adapter=run.best_adapter,
+            outputs={form: run.merged(form) for form in config.merge.formats},
+            settings=config.merge,
+            cache_dir=run.cache(config),
+            device=_device("auto" if provenance["on_gpu"] else "cpu"),
+            tokens_dir=Path(provenance["tokens_dir"]),
+            batch_size=config.training.per_device_eval_batch_size,
+        )
+    )
     write_json(run.merge_file, result)
     return result
 
 
-def merge_nf4(model: PeftModel, original: Weights | None) -> PreTrainedModel:
-    """Quantizes each adapted layer's updated weight in place; all other weights stay bit for bit.
+def _job(base: str, adapter: Path, output: Path, overrides: dict[str, str]) -> Job:
+    config = build_merge_config(base, overrides)
+    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else output.parent / ".cache"
+    tokens_dir = None
+    if config.data is not None:
+        tokenizer = load_tokenizer(config.base_model, find_checkpoint(config.base_model, cache_dir))
+        tokens_dir = prepare_data(config.data, tokenizer, cache_dir).tokens_dir
+    forms = config.merge.formats
+    return Job(
+        base=config.base_model,
+        adapter=adapter,
+        outputs={form: output if len(forms) == 1 else output / form for form in forms},
+        settings=config.merge,
+        cache_dir=cache_dir,
+        device=_device(config.device),
+        tokens_dir=tokens_dir,
+        batch_size=config.per_device_eval_batch_size,
+    )
+
+
+def _device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device is cuda, and this machine has no GPU; `raylora doctor` says what torch sees")
+    return "cuda:0" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def merge_adapter(job: Job, judge: "Judge | None" = None) -> dict[str, Any]:
+    """Rounds by each strategy, measures, and writes the best in every form asked for.
 
     Args:
-        model: an NF4 base with one LoRA adapter.
-        original: the 16-bit weights; None where the base exists only as NF4, and then small updates are lost.
+        job: what to merge.
+        judge: measures the models; None is the usual one.
 
     Returns:
-        The bare base with merged weights.
+        `strategy`, the chosen one; `models`, name -> eval_loss, heldout_loss (nats per token), kl_to_adapter,
+        token_agreement, update_kept, seconds, peak_memory_mib; `forms`, form -> directory, size_mib, seconds, and what
+        the reloaded model measures; `update_kept`, strategy -> layer -> share; `loss_increase` over the unmerged
+        adapter, `tolerance` and `passed`, None where nothing is measured.
 
     Raises:
-        MergeError: a layer is not 4-bit.
+        MergeError: adapter and base do not fit, the disk is too small, or a form cannot be made from this base.
     """
-    for name, layer in _lora_layers(model):
-        linear = layer.get_base_layer()
-        if not isinstance(linear, bitsandbytes.nn.Linear4bit):
-            raise MergeError(f"merge.formats nf4 needs a base in nf4, found {type(linear).__name__} in {name}")
-        old = linear.weight
-        weight = (
-            bitsandbytes.functional.dequantize_4bit(old.data, old.quant_state) if original is None else original(name)
-        )
-        updated = weight.to(old.device, torch.float32) + layer.get_delta_weight("default").float()
-        new = bitsandbytes.nn.Params4bit(
-            updated.contiguous().cpu(),
-            requires_grad=False,
-            quant_type="nf4",
-            compress_statistics=old.quant_state.nested,
-        ).to(old.device)
-        new.quant_state.dtype = old.quant_state.dtype
-        linear.weight = new
-        linear.quant_state = new.quant_state
-    return model.unload()
+    tokenizer = load_tokenizer(job.base, find_checkpoint(job.base, job.cache_dir))
+    source = open_source(job)
+    parent = next(iter(job.outputs.values())).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    _check_disk(job, source, parent)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=parent) as folder:
+        judge = judge or Judge(job, tokenizer)
+        best = _best(job, source, judge, Path(folder))
+        forms = {form: _write(form, job, source, best, judge, tokenizer) for form in job.outputs}
+    increase = best.eval_loss() / judge.models["adapter"]["eval_loss"] - 1 if judge.models else None
+    return {
+        "strategy": best.strategy,
+        "base_has_original": source.original is not None,
+        "loss_increase": increase,
+        "tolerance": job.settings.tolerance,
+        "passed": None if increase is None else increase <= job.settings.tolerance,
+        "models": judge.models,
+        "forms": forms,
+        "update_kept": judge.update_kept,
+    }
 
 
-def _merge_bf16(
-    model: PeftModel, checkpoint: str, has_original: bool, trust_remote_code: bool, device: str
-) -> PreTrainedModel:
-    """The original weights plus the update, in bfloat16."""
-    if not has_original:
-        raise MergeError("merge.formats bf16 needs the 16-bit weights, and this base exists only in 4 bit")
-    merged = load_plain(checkpoint, device, torch.bfloat16, trust_remote_code=trust_remote_code)
-    for name, layer in _lora_layers(model):
-        linear = merged.get_submodule(name)
-        delta = layer.get_delta_weight("default").float()
-        updated = linear.weight.data.float() + (delta.T if isinstance(linear, Conv1D) else delta)
-        linear.weight.data = updated.to(torch.bfloat16)
-    return merged
+class Judge:
+    """Measures models beside the unmerged adapter, and nothing where there are no rows."""
+
+    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.models: dict[str, dict[str, Any]] = {}
+        """Name -> what it measures."""
+
+        self.update_kept: dict[str, dict[str, float]] = {}
+        """Strategy -> layer -> share of the update."""
+
+        self.pad_token_id = tokenizer.pad_token_id
+        self._batches = {"batch_size": job.batch_size, "pad_token_id": tokenizer.pad_token_id}
+        self._parts = {name: load_part(job.tokens_dir, name) for name in PARTS} if job.tokens_dir else {}
+        self._reference: Reference | None = None
+
+    def learn(self, adapter: PeftModel) -> None:
+        """Takes the adapter as the model that others are measured by, and measures the base."""
+        self._reference = Reference(adapter, self._parts["validation"], **self._batches)
+        self.models["adapter"] = self.measure(adapter)
+        with adapter.disable_adapter():
+            self.models["base"] = self.measure(adapter)
+
+    def measure(self, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+        """Validation and held-out loss, and how near the model is to the adapter."""
+        if self._reference is None:
+            return {}
+        heldout_loss = eval_loss(model, self._parts["heldout"], **self._batches)
+        return asdict(self._reference.compare(model)) | {"heldout_loss": heldout_loss}
+
+    def calibration_rows(self, n_tokens: int) -> list[list[int]]:
+        """Training rows, shuffled, of at most so many tokens together."""
+        rows: list[list[int]] = []
+        for row in self._parts["train"].shuffle(seed=0):
+            n_tokens -= len(row["input_ids"])
+            if rows and n_tokens < 0:
+                break
+            rows.append(row["input_ids"])
+        return rows
 
 
-def _original(checkpoint: str, trust_remote_code: bool) -> Weights:
-    """Reads weights from the 16-bit checkpoint, which is memory-mapped in host memory."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", trust_remote_code=trust_remote_code)
+def _best(job: Job, source: Source, judge: Judge, folder: Path) -> Candidate:
+    """The candidate of lowest validation loss; the others are measured and dropped."""
+    best: Candidate | None = None
+    model = None
+    for candidate in _candidates(job, source, judge, folder):
+        shares = update_kept(source, candidate.rounded, job.device)
+        candidate.facts["update_kept"] = sum(shares.values()) / max(1, len(shares))
+        if judge.models:
+            model = model or _load(job, source.checkpoint.directory)
+            put(model, source, candidate.rounded)
+            candidate.facts.update(judge.measure(model))
+        shown = judge.models.get(candidate.strategy)
+        if judge.models and (shown is None or candidate.eval_loss() < shown["eval_loss"]):
+            judge.models[candidate.strategy] = candidate.facts
+            judge.update_kept[candidate.strategy] = shares
+        worse = candidate if best and best.eval_loss() <= candidate.eval_loss() else best
+        best = best if worse is candidate else candidate
+        if worse:
+            worse.rounded.discard()
+    assert best is not None
+    return best
 
-    def weight(name: str) -> torch.Tensor:
-        module = model.get_submodule(name)
-        return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
 
-    return weight
+def _candidates(job: Job, source: Source, judge: Judge, folder: Path) -> Iterator[Candidate]:
+    """Each strategy's model in turn; the adapter is loaded only while something is learnt from it."""
+    names = _strategies(job, source)
+    if job.tokens_dir:
+        adapter = PeftModel.from_pretrained(load_base_model(job.base, job.cache_dir, job.device), str(job.adapter))
+        judge.learn(adapter.eval())
+        calibrated = None
+        if "calibrated" in names:
+            rows = judge.calibration_rows(job.settings.calibration_tokens)
+            rounding = partial(calibrate, adapter, rows, source, pad_token_id=judge.pad_token_id)
+            calibrated = _candidate("calibrated", rounding, folder)
+            del rounding
+        del adapter
+        if calibrated:
+            yield calibrated
+    for name in names:
+        strategies = LAYER_BY_LAYER.get(name, [])
+        several = (
+            job.tokens_dir and job.settings.strategy == name
+        )  # several draws, where there is something to choose by
+        for strategy in strategies if several else strategies[:1]:
+            yield _candidate(name, partial(round_layers, strategy, source), folder)
 
 
-def _lora_layers(model: PeftModel) -> list[tuple[str, Any]]:
-    """Adapted layers by the name they have in the bare base."""
-    modules = model.get_base_model().named_modules()
-    return [(name, module) for name, module in modules if isinstance(module, LoraLayer)]
+def _strategies(job: Job, source: Source) -> list[str]:
+    wanted = job.settings.strategy
+    if wanted == "calibrated" and not job.tokens_dir:
+        raise MergeError("merge.strategy calibrated needs training rows; name them by --data.train FILE")
+    if wanted not in ("auto", "all"):
+        return [wanted]
+    possible = ["requantize", "stochastic"] if source.original else ["stochastic"]
+    if not job.tokens_dir:
+        return possible[:1]
+    return ["calibrated", *possible, *(["peft"] if wanted == "all" else [])]
+
+
+def _candidate(strategy: str, rounding: Callable[[Save], None], folder: Path) -> Candidate:
+    rounded = Rounded(Path(tempfile.mkdtemp(dir=folder)))
+    reset_peak_memory()
+    began = time.perf_counter()
+    rounding(rounded.save)
+    seconds = time.perf_counter() - began
+    return Candidate(strategy, rounded, {"seconds": seconds, "peak_memory_mib": peak_memory_mib()})
+
+
+def _write(
+    form: str, job: Job, source: Source, best: Candidate, judge: Judge, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Writes one form, loads it as any user would, and measures that."""
+    began, directory = time.perf_counter(), job.outputs[form]
+    if form == "nf4":
+        write_nf4(source, best.rounded, directory, tokenizer)
+    elif form == "bf16":
+        write_bf16(source, directory, tokenizer)
+    else:
+        write_residual(source, best.rounded, directory, tokenizer, r=job.settings.residual_rank, device=job.device)
+    measured = judge.measure(_load(job, directory)) if judge.models else {}
+    if form == "nf4" and measured.get("logits_sha256") != best.facts.get("logits_sha256"):
+        raise MergeError(f"the model reloaded from {directory} answers otherwise than the one that was saved there")
+    size = sum(file.stat().st_size for file in directory.rglob("*"))
+    return {"directory": str(directory), "size_mib": size / MIB, "seconds": time.perf_counter() - began, **measured}
+
+
+def open_source(job: Job) -> Source:
+    """What a job merges, read layer by layer.
+
+    Raises:
+        MergeError: the adapter does not fit the base.
+    """
+    base = job.base
+    checkpoint = find_checkpoint(base, job.cache_dir)
+    config = load_model_config(base, checkpoint)
+    has_original = not is_quantized(config)
+    return Source(
+        local_directory(nf4_checkpoint(base, job.cache_dir, job.device), base.revision),
+        local_directory(checkpoint, base.revision) if has_original else None,
+        job.adapter,
+        config,
+        quantized=base.quantization == "nf4" or not has_original,
+        device=job.device,
+        trust_remote_code=base.trust_remote_code,
+    )
+
+
+def _check_disk(job: Job, source: Source, parent: Path) -> None:
+    """That there is room for the best and the next candidate, and for each form: bf16 takes four times NF4's."""
+    nf4_bytes = source.checkpoint.size()
+    needed = nf4_bytes * (2 + sum(4 if form == "bf16" else 1 for form in job.outputs))
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise MergeError(f"the merge needs {needed / 2**30:.1f} GiB free in {parent}, found {free / 2**30:.1f}")
+
+
+def _load(job: Job, directory: Path) -> PreTrainedModel | PeftModel:
+    return load_merged(directory, job.device, compute_dtype(job.base, job.device))
 
 
 def merge_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Validation loss of each model, for a table."""
-    adapter = result["eval_loss"]["adapter"]
-    return [
-        {"model": name, "eval_loss": loss, "against adapter": f"{100 * (loss / adapter - 1):+.2f} %"}
-        for name, loss in result["eval_loss"].items()
-    ]
+    """What each model measures, for a table; the written ones as they are after reloading."""
+    adapter = result["models"].get("adapter", {}).get("eval_loss")
+    written = {f"merged_{form}, reloaded": facts for form, facts in result["forms"].items()}
+    rows = []
+    for name, facts in {**result["models"], **written}.items():
+        loss = facts.get("eval_loss")
+        rows.append(
+            {
+                "model": name,
+                "eval_loss": loss,
+                "against adapter": None if loss is None else f"{100 * (loss / adapter - 1):+.2f} %",
+                "KL to adapter": facts.get("kl_to_adapter"),
+                "same token": facts.get("token_agreement"),
+                "heldout_loss": facts.get("heldout_loss"),
+                "update kept": facts.get("update_kept"),
+                "seconds": facts.get("seconds"),
+                "peak MiB": facts.get("peak_memory_mib"),
+                "MiB on disk": facts.get("size_mib"),
+            }
+        )
+    return rows
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """What came of the merge, in a sentence or two."""
+    if result["passed"] is None:
+        return f"merged by {result['strategy']}; no rows were given, so what it lost was not measured"
+    kept = result["update_kept"][result["strategy"]]
+    worst = sorted(kept, key=lambda name: kept[name])[:3]
+    layers = ", ".join(f"{name} {100 * kept[name]:.0f} %" for name in worst)
+    loss = f"validation loss {100 * result['loss_increase']:+.2f} % against the adapter"
+    return f"merged by {result['strategy']}: {loss}, tolerance {100 * result['tolerance']:.0f} %; least kept: {layers}"
 
 
 def show_merge(result: dict[str, Any], screen: Console) -> None:
-    """Prints the table."""
-    screen.print(f"\nvalidation loss, merged by {result['strategy']}")
+    """Prints the table and the verdict."""
+    screen.print("\nthe merge, on validation rows")
     print_table(merge_rows(result), screen)
+    screen.print(verdict(result))
+
+
+def check_tolerance(result: dict[str, Any]) -> None:
+    """The gate.
+
+    Raises:
+        MergeError: the best merge lost more than the tolerance.
+    """
+    if result["passed"] is False:
+        raise MergeError(
+            f"the merged model's validation loss is {100 * result['loss_increase']:.2f} % above the adapter's, and "
+            f"merge.tolerance is {100 * result['tolerance']:.2f} %; keep the adapter unmerged, or write a form that "
+            "loses less: --merge.formats '[residual, bf16]'"
+        )
 
 
 if __name__ == "__main__":
-    run_command(merge)
+    run_command(merge, overrides=True)

@@ -15,12 +15,13 @@ from rich.console import Console
 
 from raylora.bookkeeper import reconcile
 from raylora.cluster import cluster_devices, connected, local_devices, local_ray
-from raylora.commands import command, console, parse_overrides, run_command
+from raylora.commands import command, console, run_command, split_arguments
 from raylora.config import SearchConfig, dump_config, load_config
 from raylora.data import PreparedData
 from raylora.evaluate import evaluate_run
+from raylora.files import read_json
 from raylora.lane import LaneSettings
-from raylora.merge import merge_run, save_best_adapter
+from raylora.merge import check_tolerance, merge_run, save_best_adapter
 from raylora.plan import Plan, make_plan
 from raylora.progress import Progress
 from raylora.records import Records
@@ -35,7 +36,7 @@ DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "qlora.yaml"
 @command
 def search(
     context: typer.Context,
-    space: Annotated[Path, typer.Argument(help="Search space file.")] = DEFAULT_SPACE,
+    space: Annotated[Path | None, typer.Argument(help="Search space file. [default: qlora.yaml]")] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory. [default: results/NAME-OF-SPACE]")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the search in the run directory.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show settings, trials, memory and lanes, and stop.")] = False,
@@ -44,7 +45,9 @@ def search(
     ] = None,
 ) -> None:
     """Search, then merge and check the best trial. Any setting of the file: --section.key value."""
-    config = load_config(space, parse_overrides(context.args))
+    space, overrides = split_arguments(space, context.args)
+    space = space or DEFAULT_SPACE
+    config = load_config(space, overrides)
     screen = console()
     run = open_run(output or Path("results") / space.stem, config, resume=resume)
     with ExitStack() as stack:
@@ -103,6 +106,7 @@ def _finish(run: RunDirectory, plan: Plan, screen: Console) -> None:
         ray.get(on_device(step).remote(run))
     write_report(run)
     summarize(run, screen)
+    check_tolerance(read_json(run.merge_file))
 
 
 def _show_plan(screen: Console, config: SearchConfig, plan: Plan) -> None:

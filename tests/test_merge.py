@@ -1,95 +1,317 @@
 """The merge keeps the fine-tune, and what it writes is a plain bitsandbytes checkpoint."""
 
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig, Qwen2Config
 
+from raylora import merge
 from raylora.base_model import load_base_model, load_plain
-from raylora.config import SearchConfig
-from raylora.errors import MergeError, RunDirectoryError
-from raylora.merge import _original, merge_nf4, merge_run, save_best_adapter
+from raylora.config import MergeSection, SearchConfig
+from raylora.data import load_part, prepare_data
+from raylora.data.tokens import IGNORE
+from raylora.errors import BaseModelError, MergeError, RunDirectoryError
+from raylora.files import read_json
+from raylora.losses import pad
+from raylora.merge import Job, check_tolerance, merge_adapter, merge_rows, merge_run, save_best_adapter, verdict
 from raylora.run_directory import RunDirectory, start
+
+IDS = torch.arange(4, 24)[None]
 
 
 @pytest.fixture
-def adapted(make_config: Callable[..., SearchConfig], tmp_path: Path) -> Callable[[], PeftModel]:
-    """The NF4 base with the same small adapter each time: an update of about 1 % of the weight."""
+def tokens(make_config: Callable[..., SearchConfig], tmp_path: Path) -> Path:
+    config = make_config()
+    return prepare_data(config.data, AutoTokenizer.from_pretrained(config.base_model.name), tmp_path).tokens_dir
 
-    def load(quantization: str = "nf4") -> PeftModel:
-        section = make_config(base_model={"quantization": quantization}).base_model
+
+@pytest.fixture
+def make_job(make_config: Callable[..., SearchConfig], tokens: Path, tmp_path: Path) -> Callable[..., Job]:
+    """A job on the tiny model, with an adapter that has learnt the rows a little."""
+
+    def make(
+        base: Path | None = None, *, rows: bool = True, settings: dict[str, Any] | None = None, **lora: Any
+    ) -> Job:
+        section = make_config(base_model={"name": str(base)} if base else {}).base_model
         model = get_peft_model(
-            load_base_model(section, tmp_path, "cpu"),
-            LoraConfig(r=4, lora_alpha=4, target_modules=["up_proj", "down_proj"], task_type="CAUSAL_LM"),
+            load_base_model(section, tmp_path / "cache", "cpu"),
+            LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 4, "target_modules": "all-linear", **lora}),
         )
-        torch.manual_seed(1)
-        for layer in _layers(model):
-            layer.lora_A["default"].weight.data.normal_()
-            layer.lora_B["default"].weight.data.normal_(std=1e-4)
-        return model
+        train_a_little(model, tokens)
+        model.save_pretrained(tmp_path / "adapter")
+        merge_settings = MergeSection.model_validate(settings or {})
+        return Job(
+            base=section,
+            adapter=tmp_path / "adapter",
+            outputs={form: tmp_path / "merged" / form for form in merge_settings.formats},
+            settings=merge_settings,
+            cache_dir=tmp_path / "cache",
+            device="cpu",
+            tokens_dir=tokens if rows else None,
+            batch_size=4,
+        )
 
-    return load
+    return make
 
 
-def _layers(model: PeftModel) -> list:
-    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight")]
+def train_a_little(model: PeftModel, tokens: Path) -> None:
+    """Twenty steps on all rows: an update of about 3 % of the weight."""
+    rows = load_part(tokens, "train")
+    input_ids, labels = pad(list(rows["input_ids"]), 1), pad(list(rows["labels"]), IGNORE)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
+    optimizer = torch.optim.Adam(trained, lr=2e-4)
+    for _ in range(20):
+        model(input_ids=input_ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def with_adapter(job: Job) -> PeftModel:
+    return PeftModel.from_pretrained(load_base_model(job.base, job.cache_dir, "cpu"), str(job.adapter)).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: dequantize_4bit(module.weight.data, module.weight.quant_state)
         for name, module in model.named_modules()
-        if "Linear4bit" in type(module).__name__ and not hasattr(module, "lora_A")
+        if isinstance(module, Linear4bit)
     }
 
 
-def _kept(model: PeftModel, before: dict[str, torch.Tensor], original: Callable | None) -> float:
-    """Share of the update that the merged weights keep: its projection on the wanted direction."""
-    deltas = {
-        name: layer.get_delta_weight("default")
-        for name, layer in model.get_base_model().named_modules()
-        if layer in _layers(model)
-    }
-    after = _weights(merge_nf4(model, original))
-    moved = torch.cat([(after[name] - before[name]).flatten() for name in deltas])
-    wanted = torch.cat([delta.flatten() for delta in deltas.values()])
-    return float(moved @ wanted / (wanted @ wanted))
+def test_auto_measures_each_strategy_and_writes_the_best(make_job: Callable[..., Job]) -> None:
+    job = make_job(settings={"formats": ["nf4", "bf16", "residual"]})
+    result = merge_adapter(job)
+    models = result["models"]
+    assert set(models) == {"base", "adapter", "calibrated", "requantize", "stochastic"}
+    losses = {name: facts["eval_loss"] for name, facts in models.items()}
+    assert losses[result["strategy"]] == min(losses[name] for name in ("calibrated", "requantize", "stochastic"))
+    assert models["adapter"]["kl_to_adapter"] == 0
+    assert models["adapter"]["token_agreement"] == 1
+    assert all(facts["heldout_loss"] > 0 and facts["seconds"] > 0 for name, facts in models.items() if name in LAYERED)
+    forms = result["forms"]
+    assert forms["nf4"]["logits_sha256"] == models[result["strategy"]]["logits_sha256"]
+    # bf16 keeps 8 bits of each weight: exact to 2^-9 of it
+    assert forms["bf16"]["kl_to_adapter"] < 0.1 * models["requantize"]["kl_to_adapter"]
+    assert forms["residual"]["kl_to_adapter"] < forms["nf4"]["kl_to_adapter"]
+    assert len(merge_rows(result)) == 8
+    assert "merged by" in verdict(result)
 
 
-def test_merging_into_the_original_keeps_what_merging_into_nf4_erases(
-    adapted: Callable[[], PeftModel], tiny_model: Path
-) -> None:
-    before = _weights(adapted().unload())
-    kept = _kept(adapted(), before, _original(str(tiny_model), False))
-    erased = _kept(adapted(), before, None)
-    # rounding to a grid keeps an update on average when it starts from weights that do not lie on the grid
-    assert kept == pytest.approx(1, abs=0.25)
-    assert erased < 0.2
+LAYERED = ("calibrated", "requantize", "stochastic")
 
 
-def test_layers_without_an_adapter_stay_bit_for_bit(adapted: Callable[[], PeftModel], tiny_model: Path) -> None:
-    before = _weights(adapted().unload())
-    after = _weights(merge_nf4(adapted(), _original(str(tiny_model), False)))
+def test_calibration_keeps_the_answers_that_rounding_alone_changes(make_job: Callable[..., Job]) -> None:
+    models = merge_adapter(make_job())["models"]
+    for other in ("requantize", "stochastic"):
+        assert models["calibrated"]["kl_to_adapter"] < 0.1 * models[other]["kl_to_adapter"]
+
+
+def test_what_peft_does_erases_the_update_and_the_others_keep_it(make_job: Callable[..., Job]) -> None:
+    kept = merge_adapter(make_job(settings={"strategy": "all"}))["models"]
+    # rounding to a grid keeps an update on average when it starts from weights off the grid, or by chance
+    assert kept["requantize"]["update_kept"] == pytest.approx(1, abs=0.3)
+    assert kept["stochastic"]["update_kept"] == pytest.approx(1, abs=0.3)
+    assert kept["peft"]["update_kept"] < 0.2
+
+
+def test_layers_without_an_adapter_stay_bit_for_bit(make_job: Callable[..., Job]) -> None:
+    job = make_job(target_modules=["up_proj", "down_proj"])
+    merge_adapter(job)
+    before = weights(load_base_model(job.base, job.cache_dir, "cpu"))
+    after = weights(load_plain(str(job.outputs["nf4"]), "cpu", torch.float32))
     assert before.keys() == after.keys()
     for name in before:
-        same = torch.equal(before[name], after[name])
-        assert same == ("up_proj" not in name and "down_proj" not in name), name
+        assert torch.equal(before[name], after[name]) == ("up_proj" not in name and "down_proj" not in name), name
 
 
-def test_a_saved_merge_reloads_bit_for_bit(adapted: Callable[[], PeftModel], tiny_model: Path, tmp_path: Path) -> None:
-    merged = merge_nf4(adapted(), _original(str(tiny_model), False))
-    merged.save_pretrained(tmp_path / "merged", save_original_format=False)
-    reloaded = load_plain(str(tmp_path / "merged"), "cpu", torch.float32)
-    ids = torch.arange(20)[None]
-    torch.testing.assert_close(reloaded(ids).logits, merged(ids).logits, rtol=0, atol=0)
+CONFIGS: dict[str, PretrainedConfig] = {
+    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=128, bos_token_id=0, eos_token_id=1),
+    "qwen2": Qwen2Config(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+}
 
 
-def test_nf4_needs_a_base_in_nf4(adapted: Callable[..., PeftModel]) -> None:
-    with pytest.raises(MergeError, match=r"merge\.formats nf4 needs a base in nf4, found Linear in model\.layers\.0"):
-        merge_nf4(adapted("none"), None)
+def make_base(kind: str, tiny_model: Path, directory: Path) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS[kind]).save_pretrained(directory, max_shard_size="100KB")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("gpt2", {}),
+        ("gpt2", {"bias": "lora_only"}),
+        ("qwen2", {}),
+        ("qwen2", {"modules_to_save": ["lm_head"]}),
+        ("qwen2", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("qwen2", {"use_dora": True}),
+        ("qwen2", {"use_rslora": True, "r": 8}),
+    ],
+)
+def test_other_models_and_adapters_come_out_as_with_the_adapter_on(
+    kind: str, lora: dict[str, Any], make_job: Callable[..., Job], tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = {"formats": ["nf4", "bf16"], "strategy": "calibrated"}
+    job = make_job(make_base(kind, tiny_model, tmp_path / kind), settings=settings, **lora)
+    result = merge_adapter(job)
+    wanted = logits(with_adapter(job))
+    moved = (wanted - logits(load_base_model(job.base, job.cache_dir, "cpu"))).square().mean()
+    bf16 = load_plain(str(job.outputs["bf16"]), "cpu", torch.float32)
+    assert (logits(bf16) - wanted).square().mean() < 0.02 * moved
+    assert result["forms"]["nf4"]["kl_to_adapter"] < 0.2 * result["models"]["base"]["kl_to_adapter"]
+    assert AutoModelForCausalLM.from_pretrained(job.outputs["bf16"], dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_base_that_exists_only_as_nf4_is_merged_without_its_original(
+    make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = make_job()
+    load_base_model(job.base, job.cache_dir, "cpu").save_pretrained(tmp_path / "nf4", save_original_format=False)
+    AutoTokenizer.from_pretrained(job.base.name).save_pretrained(tmp_path / "nf4")
+    job = make_job(tmp_path / "nf4")
+    result = merge_adapter(job)
+    assert not result["base_has_original"]
+    assert set(result["models"]) == {"base", "adapter", "calibrated", "stochastic"}
+    with pytest.raises(MergeError, match="the base exists only as NF4, without the original weights"):
+        merge_adapter(make_job(tmp_path / "nf4", settings={"strategy": "requantize"}))
+
+
+def test_without_rows_nothing_is_measured_and_the_original_is_used(make_job: Callable[..., Job]) -> None:
+    result = merge_adapter(make_job(rows=False))
+    assert result["strategy"] == "requantize"
+    assert result["passed"] is None
+    assert "not measured" in verdict(result)
+    with pytest.raises(MergeError, match="calibrated needs training rows"):
+        merge_adapter(make_job(rows=False, settings={"strategy": "calibrated"}))
+
+
+def test_the_checkpoint_is_as_bitsandbytes_writes_them(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    merge_adapter(job)
+    quantization = read_json(job.outputs["nf4"] / "config.json")["quantization_config"]
+    assert quantization["quant_method"] == "bitsandbytes"
+    assert quantization["bnb_4bit_quant_type"] == "nf4"
+    assert quantization["bnb_4bit_use_double_quant"]
+    stored = load_file(job.outputs["nf4"] / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert {key.removeprefix(name) for key in stored if key.startswith(name)} == {
+        "",
+        ".absmax",
+        ".nested_absmax",
+        ".nested_quant_map",
+        ".quant_map",
+        ".quant_state.bitsandbytes__nf4",
+    }
+    state = bytes(stored[f"{name}.quant_state.bitsandbytes__nf4"].tolist()).decode()
+    assert '"blocksize": 64' in state
+
+
+def test_a_merge_over_the_tolerance_fails_with_the_cure(make_job: Callable[..., Job]) -> None:
+    result = merge_adapter(make_job())
+    check_tolerance(result)
+    result |= {"loss_increase": 0.05, "passed": False}
+    with pytest.raises(MergeError, match=r"is 5.00 % above the adapter's, and merge.tolerance is 2.00 %.*residual"):
+        check_tolerance(result)
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_start(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: usage(1000))
+    with pytest.raises(MergeError, match=r"the merge needs \d+\.\d GiB free in .*, found 0\.0"):
+        merge_adapter(job)
+    assert not job.outputs["nf4"].exists()
+
+
+def test_a_base_directory_without_weights_is_refused(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    job = make_job()
+    (tmp_path / "empty").mkdir()
+    shutil.copy(Path(job.base.name) / "config.json", tmp_path / "empty")
+    with pytest.raises(BaseModelError, match="holds no weights"):
+        make_job(tmp_path / "empty")
+
+
+def test_an_update_of_zero_gives_the_base(make_job: Callable[..., Job]) -> None:
+    job = make_job(settings={"strategy": "calibrated"})
+    file = job.adapter / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
+    merge_adapter(job)
+    base = load_base_model(job.base, job.cache_dir, "cpu")
+    assert torch.equal(logits(load_plain(str(job.outputs["nf4"]), "cpu", torch.float32)), logits(base))
+
+
+def test_a_merge_killed_half_way_leaves_nothing_that_looks_whole(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    job = make_job()
+    code = (
+        "import os, signal, sys\n"
+        "from raylora.checkpoints import ShardWriter\n"
+        "ShardWriter.close = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from raylora.cli import app\n"
+        "app()\n"
+    )
+    arguments = ["merge", "--base", job.base.name, "--adapter", str(job.adapter), "--output", str(tmp_path / "out")]
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob(".out.*/**/config.json"))
+
+
+def test_any_adapter_is_merged_from_the_command_line(
+    make_job: Callable[..., Job], rows_file: Path, tmp_path: Path
+) -> None:
+    job = make_job(rows=False)
+    command = [sys.executable, "-m", "raylora.merge", "--base", job.base.name, "--adapter", str(job.adapter)]
+    command += ["--output", str(tmp_path / "out"), "--data.train", str(rows_file)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "calibrated" in ended.stdout
+    assert read_json(tmp_path / "out" / "merge.json")["passed"]
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config.bnb_4bit_quant_type == "nf4"
+    )
+    failed = subprocess.run([*command, "--merge.strategy", "bestest"], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert "merge.strategy = 'bestest': must be 'auto', 'peft'" in failed.stderr
+
+
+def test_a_command_without_an_adapter_says_what_it_needs() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "raylora.merge", "--base", "x"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert "needs the folder of a search, or --base, --adapter and --output" in ended.stderr
 
 
 def test_steps_out_of_order_say_what_is_missing(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Rounds every updated weight to NF4 in one forward pass, so that the model answers as the unmerged adapter does.
+
+Each row goes through the model twice at once: as the adapter sees it, and as the layers that are rounded already leave
+it. Each layer rounds itself as the two pass by: to the levels whose outputs, from the rounded layers' inputs, are
+nearest to the adapter's from its own. So a layer also mends what those before it got wrong.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import linear
+
+from raylora.errors import MergeError
+from raylora.losses import pad
+from raylora.nf4 import scale_of, store
+from raylora.rounding import Inputs, calibrated
+from raylora.source import Source
+from raylora.strategies import Save
+
+SWEEPS = 2
+"""Rounds of coordinate descent; more gain little (docs/merge.md)."""
+
+
+def calibrate(
+    adapter: PeftModel,
+    rows: list[list[int]],
+    source: Source,
+    save: Save,
+    *,
+    pad_token_id: int,
+) -> None:
+    """Rounds all layers.
+
+    Args:
+        adapter: base with the adapter, unmerged.
+        rows: token ids of training rows.
+        source: of the same base and adapter.
+        save: takes each layer's name and rounded weight.
+        pad_token_id: fills short rows on the right, where causal attention cannot see it.
+
+    Raises:
+        MergeError: a layer does not see one row of activations per row of tokens.
+    """
+    input_ids = pad(rows, pad_token_id).to(adapter.device)
+    lengths = torch.tensor([len(row) for row in rows], device=adapter.device)
+    present = torch.arange(input_ids.shape[1], device=adapter.device) < lengths[:, None]
+    base = adapter.get_base_model()
+    rounding = _Rounding(source, save, present)
+    hooks = []
+    for name in source.layers:
+        layer = base.get_submodule(name)
+        hooks.append(layer.register_forward_pre_hook(partial(rounding.before, name)))
+        hooks.append(layer.register_forward_hook(partial(rounding.after, name)))
+    try:
+        with torch.inference_mode():
+            base.get_decoder()(input_ids=input_ids.repeat(2, 1), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Rounding:
+    """What each layer does as the two passes go by: the first half of the rows is the rounded model's."""
+
+    def __init__(self, source: Source, save: Save, present: torch.Tensor) -> None:
+        self._source, self._save, self._present = source, save, present
+        self._seen: torch.Tensor | None = None
+        self._inputs: Inputs | None = None
+
+    def before(self, name: str, _: Any, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Learns from the layer's inputs, and lets it compute the adapter's half only."""
+        (both,) = inputs
+        rows, length = self._present.shape
+        if both.shape[:2] != (2 * rows, length):
+            raise MergeError(f"calibration needs inputs of shape (rows, tokens, features), and {name} has others")
+        if both is not self._seen:  # queries, keys and values share theirs, and so do gates and ups
+            mine, wanted = both.chunk(2)
+            self._seen, self._inputs = both, Inputs(mine[self._present], wanted[self._present])
+        return both.chunk(2)[1]
+
+    def after(self, name: str, _: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """Rounds the layer, and computes the other half with the rounded weight."""
+        assert self._seen is not None and self._inputs is not None
+        grid, (target, bias) = self._source.grid(name), self._source.target(name)
+        rounded = calibrated(target, scale_of(grid), self._inputs, sweeps=SWEEPS)
+        self._save(name, store(rounded, grid))
+        mine = self._seen.chunk(2)[0]
+        bias = None if bias is None else bias.to(mine.dtype)
+        return torch.cat([linear(mine, rounded.to(mine.dtype), bias), output])
