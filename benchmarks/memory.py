@@ -11,14 +11,12 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from throughput import LENGTH, TRIAL, load
+from throughput import LENGTH, TRIAL, load, packed
 
 from raylora.base_model import compute_dtype, linear_shapes
-from raylora.batches import TokenRows
 from raylora.config import BaseModelSection
 from raylora.memory import MIB, adapter_parameters, estimate_memory
 from raylora.noise import quiet_libraries
-from raylora.packed_engine import PackedEngine
 from raylora.rung import peak_memory_mib, reset_peak_memory
 from raylora.training import TrlEngine
 
@@ -74,17 +72,7 @@ def main() -> None:
 def peak(engine: TrlEngine, *, n_trials: int, tokens: int) -> float:
     """MiB at most in two steps of so many trials, each with a pass of its own of so many tokens."""
     gc.collect()
-    dtype = compute_dtype(BaseModelSection(name=""), str(engine.model.device))
-    pack = PackedEngine(
-        engine.model,
-        engine.module_names,
-        TokenRows(engine.train),
-        TokenRows(engine.validation),
-        engine.training,
-        tokens_per_pass=1,
-        autocast=dtype if dtype != torch.float32 else None,
-        grouped=engine.model.device.type == "cuda",
-    )
+    pack = packed(engine, tokens=1)
     reset_peak_memory()
     trial = TRIAL.model_copy(update={"r": R, "per_device_train_batch_size": tokens // LENGTH})
     for number in range(n_trials):

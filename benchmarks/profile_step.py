@@ -12,16 +12,14 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from throughput import LENGTH, TRIAL, load
+from throughput import LENGTH, TRIAL, load, packed
 from torch.profiler import ProfilerActivity, profile
 
 from raylora.base_model import compute_dtype
-from raylora.batches import TokenRows
 from raylora.cluster import local_devices
 from raylora.config import BaseModelSection
 from raylora.memory import NF4_BITS
 from raylora.noise import quiet_libraries
-from raylora.packed_engine import PackedEngine
 from raylora.training import TrlEngine
 
 N_STEPS = 3
@@ -41,7 +39,7 @@ def main() -> None:
     dtype = compute_dtype(BaseModelSection(name=""), str(device))
     with tempfile.TemporaryDirectory() as folder:
         engine = load(arguments.model, Path(folder), str(device))
-        seconds, events = _profile(engine, arguments, dtype)
+        seconds, events = _profile(engine, arguments)
     n_linear = sum(
         engine.model.get_submodule(name).in_features * engine.model.get_submodule(name).out_features
         for name in engine.module_names
@@ -69,19 +67,10 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def _profile(engine: TrlEngine, arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+def _profile(engine: TrlEngine, arguments: argparse.Namespace) -> tuple[float, dict[str, float]]:
     """Seconds of a step; and each operation's own time, largest first."""
     on_gpu = engine.model.device.type == "cuda"
-    pack = PackedEngine(
-        engine.model,
-        engine.module_names,
-        TokenRows(engine.train),
-        TokenRows(engine.validation),
-        engine.training,
-        tokens_per_pass=4096 if on_gpu else 512,
-        autocast=dtype if dtype != torch.float32 else None,
-        grouped=on_gpu,
-    )
+    pack = packed(engine)
     changes = {"per_device_train_batch_size": arguments.tokens // LENGTH, "lora_dropout": arguments.dropout}
     for number in range(arguments.trials):
         trial = TRIAL.model_copy(update={**changes, "seed": number})

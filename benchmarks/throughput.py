@@ -21,8 +21,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from raylora.base_model import compute_dtype, linear_shapes, load_base_model, load_tokenizer
 from raylora.batches import TokenRows
-from raylora.config import BaseModelSection, TrainingSection
+from raylora.config import BaseModelSection, SearchSection, TrainingSection
 from raylora.data.tokens import IGNORE
+from raylora.memory import tokens_per_pass
 from raylora.noise import quiet_libraries
 from raylora.packed_engine import PackedEngine
 from raylora.rung import Report
@@ -132,20 +133,25 @@ def trl_seconds(engine: TrlEngine, trial: Assignment, folder: Path) -> float:
     return reports[-1].train_seconds / N_STEPS
 
 
-def packed_seconds(engine: TrlEngine, trial: Assignment, n: int, folder: Path) -> tuple[float, float]:
-    """Of one step of n trials, and peak memory in MiB."""
-    device = str(engine.model.device)
-    dtype = compute_dtype(BaseModelSection(name=""), device)
-    pack = PackedEngine(
+def packed(engine: TrlEngine, tokens: int | None = None) -> PackedEngine:
+    """A packed engine on another engine's base and data; `tokens` a pass, or as many as the search would take."""
+    on_gpu = engine.model.device.type != "cpu"
+    dtype = compute_dtype(BaseModelSection(name=""), str(engine.model.device))
+    return PackedEngine(
         engine.model,
         engine.module_names,
         TokenRows(engine.train),
         TokenRows(engine.validation),
         engine.training,
-        tokens_per_pass=4096 if device != "cpu" else 512,
+        tokens_per_pass=tokens or tokens_per_pass(SearchSection(), on_gpu=on_gpu),
         autocast=dtype if dtype != torch.float32 else None,
-        grouped=device != "cpu",
+        grouped=on_gpu,
     )
+
+
+def packed_seconds(engine: TrlEngine, trial: Assignment, n: int, folder: Path) -> tuple[float, float]:
+    """Of one step of n trials, and peak memory in MiB."""
+    pack = packed(engine)
     for number in range(n):
         pack.add(number, trial.model_copy(update={"seed": number}), rungs=[10**6], directory=folder)
     for _ in range(WARM_UP):
