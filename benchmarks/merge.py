@@ -100,6 +100,7 @@ class Bench:
             base=self.config.base_model,
             adapter=adapter,
             outputs={"nf4": self.run.path / "merged"},
+            folder=self.run.path,
             settings=self.config.merge.model_copy(update={"strategy": "all"}),
             cache_dir=self.cache_dir,
             device=self.device,

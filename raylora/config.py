@@ -175,6 +175,9 @@ class SearchSection(Section):
     reduction_factor: int = Field(3, ge=2)
     """Promote one of so many at each rung."""
 
+    objective: Literal["eval_loss", "merged_eval_loss"] = "eval_loss"
+    """What the best of the finished trials is chosen by: validation loss, or, of the five lowest, that when merged."""
+
     repeat_best: int = Field(0, ge=0)
     """Train so many of the best assignments again to the full budget, with other seeds, and choose by the mean."""
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,6 +50,9 @@ from raylora.strategies import LAYER_BY_LAYER, Rounded, Save, round_layers, upda
 from raylora.tables import print_table
 from raylora.write_model import load_merged, put, write_bf16, write_nf4, write_residual
 
+FINALISTS = 5
+"""Trials that are merged where the objective is the loss after merging."""
+
 REPORT = "merge.json"
 
 
@@ -61,6 +64,9 @@ class Job:
     adapter: Path
     outputs: dict[str, Path]
     """Form -> directory to write."""
+
+    folder: Path
+    """Holds rounded weights while strategies are compared."""
 
     settings: MergeSection
     cache_dir: Path
@@ -115,11 +121,17 @@ def save_best_adapter(run: RunDirectory) -> TrialRow:
         RunDirectoryError: no trial reached the full budget.
     """
     best = Records.load(run).best()
-    if best is None or best.checkpoint is None:
+    if best is None:
         raise RunDirectoryError(f"{run.path} holds no trial that reached the full budget, so none can be called best")
+    _save_adapter(run, best, run.best_adapter)
+    return best
+
+
+def _save_adapter(run: RunDirectory, trial: TrialRow, directory: Path) -> None:
+    assert trial.checkpoint is not None  # written before its loss was reported
     base = run.config().base_model
-    checkpoint = run.trial(best.number) / Path(best.checkpoint).name  # as written, unless the run directory was moved
-    with replacing(run.best_adapter) as temporary:
+    checkpoint = run.trial(trial.number) / Path(trial.checkpoint).name  # as written, unless the run was moved
+    with replacing(directory) as temporary:
         temporary.mkdir()
         shutil.copy(checkpoint / "adapter_model.safetensors", temporary)
         config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
@@ -127,14 +139,15 @@ def save_best_adapter(run: RunDirectory) -> TrialRow:
             temporary / "adapter_config.json",
             {**config, "base_model_name_or_path": base.name, "revision": base.revision},
         )
-    return best
 
 
 def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dict[str, Any]:
     """Merges a search's best adapter, and writes the merged models and `merge.json` into its run directory.
 
+    Where the objective is the loss after merging, finalists are merged first, and `best_adapter` becomes the winner's.
+
     Returns:
-        As of `merge_adapter`.
+        As of `merge_adapter`, and `trial`, the number, and `finalists`, number -> validation loss after merging.
 
     Raises:
         MergeError: the merge cannot be made.
@@ -142,21 +155,37 @@ def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dic
     """
     if not run.best_adapter.is_dir():
         raise RunDirectoryError(f"{run.path} holds no best_adapter")
-    config, provenance = change_config(run.config(), overrides or {}), run.provenance()
-    result = merge_adapter(
-        Job(
-            base=config.base_model,
-            adapter=run.best_adapter,
-            outputs={form: run.merged(form) for form in config.merge.formats},
-            settings=config.merge,
-            cache_dir=run.cache(config),
-            device=_device("auto" if provenance["on_gpu"] else "cpu"),
-            tokens_dir=Path(provenance["tokens_dir"]),
-            batch_size=config.training.per_device_eval_batch_size,
-        )
+    config, provenance, records = change_config(run.config(), overrides or {}), run.provenance(), Records.load(run)
+    job = Job(
+        base=config.base_model,
+        adapter=run.best_adapter,
+        outputs={form: run.merged(form) for form in config.merge.formats},
+        folder=run.path,
+        settings=config.merge,
+        cache_dir=run.cache(config),
+        device=_device("auto" if provenance["on_gpu"] else "cpu"),
+        tokens_dir=Path(provenance["tokens_dir"]),
+        batch_size=config.training.per_device_eval_batch_size,
     )
+    best, finalists = records.best(), {}
+    if config.search.objective == "merged_eval_loss":
+        finalists = _merge_finalists(run, records, job)
+        best = records.trials[min(finalists, key=lambda number: finalists[number])]
+        _save_adapter(run, best, run.best_adapter)
+    result = {"trial": best.number if best else None, "finalists": finalists, **merge_adapter(job)}
     write_json(run.merge_file, result)
     return result
+
+
+def _merge_finalists(run: RunDirectory, records: Records, job: Job) -> dict[int, float]:
+    losses = {}
+    for trial in records.finished()[:FINALISTS]:
+        with tempfile.TemporaryDirectory(prefix=".finalist-", dir=run.path) as folder:
+            adapter = Path(folder) / "adapter"
+            _save_adapter(run, trial, adapter)
+            result = merge_adapter(replace(job, adapter=adapter, outputs={}))
+            losses[trial.number] = result["models"][result["strategy"]]["eval_loss"]
+    return losses
 
 
 def _job(base: str, adapter: Path, output: Path, overrides: dict[str, str]) -> Job:
@@ -171,6 +200,7 @@ def _job(base: str, adapter: Path, output: Path, overrides: dict[str, str]) -> J
         base=config.base_model,
         adapter=adapter,
         outputs={form: output if len(forms) == 1 else output / form for form in forms},
+        folder=output.parent,
         settings=config.merge,
         cache_dir=cache_dir,
         device=_device(config.device),
@@ -203,10 +233,9 @@ def merge_adapter(job: Job, judge: "Judge | None" = None) -> dict[str, Any]:
     """
     tokenizer = load_tokenizer(job.base, find_checkpoint(job.base, job.cache_dir))
     source = open_source(job)
-    parent = next(iter(job.outputs.values())).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    _check_disk(job, source, parent)
-    with tempfile.TemporaryDirectory(prefix=".merge-", dir=parent) as folder:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    _check_disk(job, source)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=job.folder) as folder:
         judge = judge or Judge(job, tokenizer)
         best = _best(job, source, judge, Path(folder))
         forms = {form: _write(form, job, source, best, judge, tokenizer) for form in job.outputs}
@@ -370,13 +399,13 @@ def open_source(job: Job) -> Source:
     )
 
 
-def _check_disk(job: Job, source: Source, parent: Path) -> None:
+def _check_disk(job: Job, source: Source) -> None:
     """That there is room for the best and the next candidate, and for each form: bf16 takes four times NF4's."""
     nf4_bytes = source.checkpoint.size()
     needed = nf4_bytes * (2 + sum(4 if form == "bf16" else 1 for form in job.outputs))
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(job.folder).free
     if free < needed:
-        raise MergeError(f"the merge needs {needed / 2**30:.1f} GiB free in {parent}, found {free / 2**30:.1f}")
+        raise MergeError(f"the merge needs {needed / 2**30:.1f} GiB free in {job.folder}, found {free / 2**30:.1f}")
 
 
 def _load(job: Job, directory: Path) -> PreTrainedModel | PeftModel:

@@ -151,12 +151,16 @@ class Records:
 
         Where assignments were repeated with other seeds, the one of lowest mean is chosen among them, and its best run.
         """
-        finished = [trial for trial in self.trials.values() if _final_loss(trial) < math.inf]
+        finished = self.finished()
         repeated = _repeated(finished)
         if not repeated:
-            return min(finished, key=_final_loss, default=None)
+            return finished[0] if finished else None
         chosen = min(repeated, key=lambda number: statistics.fmean(self._final_losses(number)))
         return min(self.runs_of(chosen), key=_final_loss)
+
+    def finished(self) -> list[TrialRow]:
+        """Trials that reached the full budget, lowest validation loss first."""
+        return sorted(filter(lambda trial: _final_loss(trial) < math.inf, self.trials.values()), key=_final_loss)
 
     def leaders(self, n: int) -> list[TrialRow]:
         """The n assignments that came furthest, and there had the lowest validation loss."""

@@ -32,7 +32,7 @@ def write_report(run: RunDirectory) -> None:
     trials = sorted(records.trials.values(), key=_by_loss)
     ranks = rank_vs_loss(trials, records.history)
     write_rank_vs_loss(run, ranks)
-    best = records.best()
+    best = _chosen(run, records)
     data = [{"part": part, **values} for part, values in provenance["data"].items()]
     sections = [
         f"# {run.path.name}: {config.base_model.name} on {config.data.train}",
@@ -109,6 +109,12 @@ def _by_loss(trial: TrialRow) -> tuple[bool, bool, float]:
 
 def _counts(records: Records) -> str:
     return ", ".join(f"{records.count(state)} {state}" for state in (*ENDED, "paused", "running"))
+
+
+def _chosen(run: RunDirectory, records: Records) -> TrialRow | None:
+    """The trial that was merged, or would be."""
+    merged = read_json(run.merge_file)["trial"] if run.merge_file.is_file() else None
+    return records.best() if merged is None else records.trials[merged]
 
 
 def _best(best: TrialRow | None) -> str:

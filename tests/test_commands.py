@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from raylora import doctor
 from raylora.cli import app
-from raylora.commands import parse_overrides
+from raylora.commands import parse_overrides, split_arguments
 from raylora.config import SearchConfig, dump_config
 from raylora.errors import ConfigError
 
@@ -22,11 +22,16 @@ def test_both_forms_of_overrides_are_read() -> None:
         parse_overrides(["--a"])
 
 
-@pytest.mark.parametrize("name", ["search", "trial", "merge", "evaluate", "report", "doctor"])
+@pytest.mark.parametrize("name", ["search", "trial", "merge", "evaluate", "report", "export", "doctor"])
 def test_every_step_is_a_subcommand_with_help(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+def test_a_first_argument_may_be_left_out() -> None:
+    assert split_arguments(Path("--a.b"), ["1", "--c", "2"]) == (None, {"a.b": "1", "c": "2"})
+    assert split_arguments(Path("space.yaml"), ["--c", "2"]) == (Path("space.yaml"), {"c": "2"})
 
 
 def test_a_trial_runs_without_ray(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
@@ -49,9 +54,13 @@ def test_a_trial_runs_without_ray(make_config: Callable[..., SearchConfig], tmp_
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    for module in ("merge", "evaluate", "report"):
+    for module in ("merge", "evaluate", "report", "export"):
+        output = ["--output", str(tmp_path / "out")] if module == "export" else []
         result = subprocess.run(
-            [sys.executable, "-m", f"raylora.{module}", str(tmp_path)], capture_output=True, text=True, check=False
+            [sys.executable, "-m", f"raylora.{module}", str(tmp_path), *output],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert result.returncode == 2
         assert "error: " in result.stderr

@@ -56,6 +56,7 @@ def make_job(make_config: Callable[..., SearchConfig], tokens: Path, tmp_path: P
             base=section,
             adapter=tmp_path / "adapter",
             outputs={form: tmp_path / "merged" / form for form in merge_settings.formats},
+            folder=tmp_path / "merged",
             settings=merge_settings,
             cache_dir=tmp_path / "cache",
             device="cpu",

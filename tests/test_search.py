@@ -14,7 +14,9 @@ import torch
 from peft import PeftModel
 from ray.cluster_utils import Cluster
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from raylora.cli import app
 from raylora.config import SearchConfig, dump_config
 from raylora.files import read_json
 from raylora.records import Records
@@ -31,7 +33,9 @@ SPACE = {
 @pytest.fixture
 def space_file(make_config: Callable[..., SearchConfig], tmp_path: Path) -> Path:
     config = make_config(
-        space=SPACE, evaluation={"max_new_tokens": 4, "n_samples": 2}, merge={"formats": ["nf4", "bf16"]}
+        space=SPACE,
+        evaluation={"max_new_tokens": 4, "n_samples": 2},
+        merge={"formats": ["nf4", "bf16", "residual"]},
     )
     path = tmp_path / "space.yaml"
     path.write_text(dump_config(config))
@@ -83,11 +87,12 @@ def test_one_command_goes_from_rows_to_a_checked_merged_model(
     plain = AutoModelForCausalLM.from_pretrained(run.merged("bf16"))
     assert plain.dtype == torch.bfloat16
     assert not hasattr(plain.config, "quantization_config")
-    losses = read_json(run.merge_file)["eval_loss"]
-    assert losses["adapter"] == pytest.approx(best.eval_loss, rel=1e-5)  # float32's rounding
-    assert losses["merged_nf4_reloaded"] == losses["merged_nf4"]
+    merge = read_json(run.merge_file)
+    assert merge["models"]["adapter"]["eval_loss"] == pytest.approx(best.eval_loss, rel=1e-5)  # float32's rounding
+    assert merge["forms"]["nf4"]["eval_loss"] == merge["models"][merge["strategy"]]["eval_loss"]
+    assert merge["passed"]
     models = read_json(run.evaluation_file)["models"]
-    assert set(models) == {"base", "adapter", "merged_nf4", "merged_bf16"}
+    assert set(models) == {"base", "adapter", "merged_nf4", "merged_bf16", "merged_residual"}
     assert all("exact_match" in scores for scores in models.values())
     report = run.report_file.read_text()
     for part in ("Best trial", "Held-out check", "Merge", "Rank against loss", "Trials", "Data", "Provenance"):
@@ -105,6 +110,12 @@ def test_one_command_goes_from_rows_to_a_checked_merged_model(
         )
         assert result.returncode == 0, result.stderr
         assert "merged_nf4" in result.stdout
+    exported = CliRunner().invoke(app, ["export", str(run.path), "--format", "bf16", "--output", str(tmp_path / "out")])
+    assert exported.exit_code == 0, exported.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("pipeline_tag: text-generation", "## Load", "merged_nf4, reloaded", "exact_match", "Data fingerprint"):
+        assert part in card
 
 
 @pytest.mark.ray
