@@ -26,7 +26,7 @@ from raylora.data import load_part, prepare_data
 from raylora.engines import load_packed
 from raylora.generate import Answers, agreement, generate, score
 from raylora.losses import eval_loss
-from raylora.merge import Job, Judge, merge_adapter, open_source
+from raylora.merging import Job, Judge, merge_adapter, open_source
 from raylora.noise import quiet_libraries
 from raylora.plan import Plan, make_plan
 from raylora.run_directory import RunDirectory

@@ -19,8 +19,8 @@ from raylora.rounding import Inputs, calibrated
 from raylora.source import Source
 from raylora.strategies import Save
 
-SWEEPS = 2
-"""Rounds of coordinate descent; more gain little (docs/merge.md)."""
+SWEEPS, GAIN_SWEEPS = 2, 3
+"""Rounds of coordinate descent, and of those with a gain; more gain little (docs/merge.md)."""
 
 
 def calibrate(
@@ -83,8 +83,8 @@ class _Rounding:
     def after(self, name: str, _: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Rounds the layer, and computes the other half with the rounded weight."""
         assert self._seen is not None and self._inputs is not None
-        grid, (target, bias) = self._source.grid(name), self._source.target(name)
-        rounded = calibrated(target, scale_of(grid), self._inputs, sweeps=SWEEPS)
+        grid, before, (target, bias) = self._source.grid(name), self._source.before(name), self._source.target(name)
+        rounded = calibrated(before, target, scale_of(grid), self._inputs, sweeps=SWEEPS, gain_sweeps=GAIN_SWEEPS)
         self._save(name, store(rounded, grid))
         mine = self._seen.chunk(2)[0]
         bias = None if bias is None else bias.to(mine.dtype)

@@ -32,14 +32,13 @@ class Comparison:
 
 
 class Reference:
-    """The adapter's predictions on a data set."""
+    """The adapter's predictions on a data set: those of the first model that is compared."""
 
-    def __init__(self, adapter: PreTrainedModel, part: datasets.Dataset, *, batch_size: int, pad_token_id: int) -> None:
-        """Runs the adapter once; arguments as of `losses.eval_loss`."""
+    def __init__(self, part: datasets.Dataset, *, batch_size: int, pad_token_id: int) -> None:
+        """Arguments as of `losses.eval_loss`."""
         self._part, self._batch_size, self._pad_token_id = part, batch_size, pad_token_id
         self._logits: list[torch.Tensor] = []
         self._left = REFERENCE_BYTES
-        self.own = self.compare(adapter)
 
     def compare(self, model: PreTrainedModel) -> Comparison:
         """Runs a model on the same rows."""

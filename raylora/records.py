@@ -14,6 +14,7 @@ import pyarrow.parquet
 
 from raylora.files import replacing, write_text
 from raylora.run_directory import RunDirectory
+from raylora.rung import Report
 from raylora.space import Assignment
 from raylora.tables import markdown_table
 
@@ -23,22 +24,12 @@ TIMES = ("train_seconds", "eval_seconds", "other_seconds")
 
 
 @dataclass(frozen=True)
-class HistoryRow:
-    """One report of one trial; `raylora.training.Report` says what the figures mean."""
+class HistoryRow(Report):
+    """One report of one trial."""
 
     number: int
-    step: int
-    epoch: float
-    eval_loss: float
-    train_loss: float
-    tokens_seen: int
-    train_seconds: float
-    eval_seconds: float
-    other_seconds: float
-    peak_memory_mib: float
-    trainable_parameters: int
-    checkpoint: str
     reported_at: float
+    """Seconds since 1970."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from raylora.commands import command, console, run_command
 from raylora.evaluate import evaluation_rows, show_evaluation
 from raylora.files import read_json, write_text
-from raylora.merge import merge_rows, show_merge, verdict
+from raylora.merge import least_kept, merge_rows, show_merge, verdict
 from raylora.records import ENDED, Records, TrialRow, rank_vs_loss, write_rank_vs_loss
 from raylora.run_directory import RunDirectory
 from raylora.tables import markdown_table, print_table
@@ -141,7 +141,10 @@ def _merge(run: RunDirectory) -> str:
     if not run.merge_file.is_file():
         return f"Not merged yet: `python -m raylora.merge {run.path}`"
     result = read_json(run.merge_file)
-    return f"{verdict(result).capitalize()}.\n\n{markdown_table(merge_rows(result))}"
+    return (
+        f"{verdict(result).capitalize()}.\n\n{markdown_table(merge_rows(result))}\n"
+        f"The layers that hold least of the update:\n\n{markdown_table(least_kept(result))}"
+    )
 
 
 def _evaluation(run: RunDirectory) -> str:

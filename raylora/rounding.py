@@ -13,6 +13,9 @@ from raylora.nf4 import levels, nearest
 BLOCK = 64
 """Input features rounded before the change is carried over to all others in one matrix product."""
 
+MAX_GAIN = 5.0
+"""Of the change aimed at; beyond, noise would outweigh what is kept."""
+
 DAMPING = 0.01
 """Added to the moment's diagonal, in means of it, as GPTQ does: keeps what the calibration rows never excite."""
 
@@ -50,23 +53,36 @@ class Inputs:
         self.correction = (wanted - inputs).T @ inputs @ self.inverse
 
 
-def calibrated(target: torch.Tensor, scale: torch.Tensor, inputs: Inputs, *, sweeps: int) -> torch.Tensor:
-    """Rounds T to Q so that Q X is near T Y: error feedback, then coordinate descent.
+def calibrated(
+    before: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, inputs: Inputs, *, sweeps: int, gain_sweeps: int
+) -> torch.Tensor:
+    """Rounds T to Q so that Q X is near T Y: error feedback, coordinate descent, and a gain against shrinking.
 
-    Without rounding the best answer would be T' = T + T (Y - X)^T X H^-1, with H = X^T X. Q comes as near to it as the
-    grid allows in the metric of H, that is, with a small tr((Q - T') H (Q - T')^T).
+    Without rounding the best answer would be T' = T + T (Y - X)^T X H^-1, with H = X^T X. Q comes near to it in the
+    metric of H, with a small tr((Q - T') H (Q - T')^T). That leaves out changes too small to move a weight by a whole
+    step, in every layer alike, so that the model falls short of the fine-tune. So each output's change T' - W is aimed
+    at with a gain, raised until what Q changes is, projected on it, the whole of it.
 
     Args:
+        before: W, the weight without the update.
         target: T, the updated weight.
         scale: of each element.
         inputs: X and Y.
         sweeps: rounds of coordinate descent over all input features.
+        gain_sweeps: more of them, each after a new gain.
     """
-    aimed = (target + target @ inputs.correction).T.contiguous()  # one input feature's weights side by side
-    scale = scale.T.contiguous()
-    rounded = error_feedback(aimed, scale, inputs.inverse)
+    before, scale = before.T.contiguous(), scale.T.contiguous()  # one input feature's weights side by side
+    change = (target + target @ inputs.correction).T - before
+    rounded = error_feedback(before + change, scale, inputs.inverse)
     for _ in range(sweeps):
-        descend(rounded, aimed, scale, inputs.moment)
+        descend(rounded, before + change, scale, inputs.moment)
+    seen = inputs.moment @ change
+    whole = (change * seen).sum(0).clamp_min(torch.finfo(seen.dtype).tiny)
+    gain = torch.ones_like(whole)
+    for _ in range(gain_sweeps):
+        gain += 1 - ((rounded - before) * seen).sum(0) / whole
+        gain.clamp_(1 / MAX_GAIN, MAX_GAIN)
+        descend(rounded, before + gain * change, scale, inputs.moment)
     return rounded.T.contiguous()
 
 

@@ -43,9 +43,12 @@ def search(
     address: Annotated[
         str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use, e.g. auto; none starts a local one.")
     ] = None,
+    merge_tolerance: Annotated[float | None, typer.Option(help="As --merge.tolerance.")] = None,
 ) -> None:
     """Search, then merge and check the best trial. Any setting of the file: --section.key value."""
     space, overrides = split_arguments(space, context.args)
+    if merge_tolerance is not None:
+        overrides["merge.tolerance"] = str(merge_tolerance)
     space = space or DEFAULT_SPACE
     config = load_config(space, overrides)
     screen = console()

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig, Qwen2Config
 
-from raylora import merge
+from raylora import merging
 from raylora.base_model import load_base_model, load_plain
 from raylora.config import MergeSection, SearchConfig
 from raylora.data import load_part, prepare_data
@@ -25,7 +25,8 @@ from raylora.data.tokens import IGNORE
 from raylora.errors import BaseModelError, MergeError, RunDirectoryError
 from raylora.files import read_json
 from raylora.losses import pad
-from raylora.merge import Job, check_tolerance, merge_adapter, merge_rows, merge_run, save_best_adapter, verdict
+from raylora.merge import check_tolerance, merge_rows, merge_run, save_best_adapter, verdict
+from raylora.merging import Job, merge_adapter
 from raylora.run_directory import RunDirectory, start
 
 IDS = torch.arange(4, 24)[None]
@@ -250,7 +251,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_start(
 ) -> None:
     job = make_job()
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: usage(1000))
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: usage(1000))
     with pytest.raises(MergeError, match=r"the merge needs \d+\.\d GiB free in .*, found 0\.0"):
         merge_adapter(job)
     assert not job.outputs["nf4"].exists()
@@ -304,7 +305,7 @@ def test_any_adapter_is_merged_from_the_command_line(
     )
     failed = subprocess.run([*command, "--merge.strategy", "bestest"], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
-    assert "merge.strategy = 'bestest': must be 'auto', 'peft'" in failed.stderr
+    assert "merge.strategy = 'bestest': must be 'auto', 'all', 'peft'" in failed.stderr
 
 
 def test_a_command_without_an_adapter_says_what_it_needs() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from raylora.cli import app
 from raylora.commands import parse_overrides
-from raylora.config import load_config
+from raylora.config import build_merge_config, load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,19 +23,22 @@ def check_raylora(command: list[str]) -> None:
     module, *arguments = command
     name = module.removeprefix("raylora.")
     help_text = re.sub(r"\x1b\[[0-9;]*m", "", CliRunner().invoke(app, [name, "--help"]).output)
-    options = {"--output", "--resume", "--dry-run", "--address"}
-    overrides, rest = [], list(arguments)
+    overrides, options, rest = [], {}, list(arguments)
     space = "search_spaces/qlora.yaml"
     while rest:
         argument = rest.pop(0)
-        if argument in options:
+        if argument in {"--resume", "--dry-run"}:
             assert argument in help_text
-            if argument in {"--output", "--address"}:
-                rest.pop(0)
+        elif argument.startswith("--") and "." not in argument:
+            assert argument in help_text
+            options[argument] = rest.pop(0)
         elif argument.startswith("--"):
             overrides += [argument, rest.pop(0)]
         elif name in {"search", "trial"}:
             space = argument
+    if name == "merge":
+        build_merge_config(options.get("--base", "any"), parse_overrides(overrides))
+        return
     if name == "trial":
         overrides += ["--starting_points", "[]"]  # as the command does for a changed space
     load_config(ROOT / space, parse_overrides(overrides))

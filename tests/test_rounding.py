@@ -41,7 +41,7 @@ def test_calibrated_rounding_keeps_the_outputs_that_nearest_rounding_loses(
 ) -> None:
     weight, scale, inputs = layer
     target = weight + 0.01 * torch.randn(32, 4) @ torch.randn(4, 64)
-    rounded = calibrated(target, scale, Inputs(inputs, inputs), sweeps=2)
+    rounded = calibrated(weight, target, scale, Inputs(inputs, inputs), sweeps=2, gain_sweeps=0)
     assert torch.equal(nearest(rounded, scale), rounded)
     error = output_error(rounded, target, inputs)
     assert error < 0.2 * output_error(nearest(target, scale), target, inputs)
@@ -74,10 +74,26 @@ def test_calibrated_rounding_mends_what_earlier_layers_got_wrong(
     weight, scale, wanted = layer
     weight = weight * 0.5  # room on the grid
     inputs = 1.05 * wanted
-    mended = calibrated(weight, scale, Inputs(inputs, wanted), sweeps=2)
-    blind = calibrated(weight, scale, Inputs(inputs, inputs), sweeps=2)
+    mended = calibrated(weight, weight, scale, Inputs(inputs, wanted), sweeps=2, gain_sweeps=0)
+    blind = calibrated(weight, weight, scale, Inputs(inputs, inputs), sweeps=2, gain_sweeps=0)
 
     def error(rounded: torch.Tensor) -> float:
         return float((inputs @ rounded.T - wanted @ weight.T).square().sum())
 
     assert error(mended) < 0.2 * error(blind)
+
+
+def test_the_gain_keeps_all_of_an_update_that_descent_leaves_half_undone(
+    layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    weight, scale, inputs = layer
+    update = 0.004 * torch.randn(32, 4) @ torch.randn(4, 64)
+    seen = Inputs(inputs, inputs)
+
+    def kept(gain_sweeps: int) -> float:
+        rounded = calibrated(weight, weight + update, scale, seen, sweeps=2, gain_sweeps=gain_sweeps)
+        return float((((rounded - weight) @ seen.moment) * update).sum() / ((update @ seen.moment) * update).sum())
+
+    # three rounds of a gain that may overshoot by what one more flip brings
+    assert kept(0) < 0.85
+    assert abs(1 - kept(3)) < 0.5 * (1 - kept(0))
