@@ -216,8 +216,8 @@ class MergeSection(Section):
     is nf4 with a small adapter beside it, for what rounding lost."""
 
     strategy: Literal["auto", "all", "peft", "requantize", "stochastic", "calibrated"] = "auto"
-    """How weights are rounded to 4 bit; auto tries all but `peft`, `all` that too, for comparison; the one of lowest
-    validation loss is written."""
+    """How weights are rounded to 4 bit; auto tries all but `peft`, `all` that too, for comparison. Of those within the
+    tolerance, the one nearest to the adapter's predictions is written."""
 
     tolerance: float = Field(0.02, ge=0)
     """The merge fails its check where validation loss rises by more than this share over the unmerged adapter's."""

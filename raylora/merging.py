@@ -154,8 +154,18 @@ class Judge:
 
 
 def _best(job: Job, source: Source, judge: Judge, folder: Path) -> Candidate:
-    """The candidate of lowest validation loss; the others are measured and dropped."""
+    """The candidate nearest to the adapter of those within the tolerance, else that of lowest validation loss.
+
+    The others are measured and dropped. Nearest is by divergence: a loss lower than the adapter's is luck.
+    """
+
+    def rank(candidate: Candidate) -> tuple[bool, float]:
+        loss = candidate.eval_loss()
+        missed = bool(judge.models) and loss > judge.models["adapter"]["eval_loss"] * (1 + job.settings.tolerance)
+        return missed, loss if missed else candidate.facts.get("kl_to_adapter", 0.0)
+
     best: Candidate | None = None
+    of_strategy: dict[str, Candidate] = {}
     model = None
     for candidate in _candidates(job, source, judge, folder):
         shares = update_kept(source, candidate.rounded, job.device)
@@ -164,11 +174,12 @@ def _best(job: Job, source: Source, judge: Judge, folder: Path) -> Candidate:
             model = model or _load(job, source.checkpoint.directory)
             put(model, source, candidate.rounded)
             candidate.facts.update(judge.measure(model))
-        shown = judge.models.get(candidate.strategy)
-        if judge.models and (shown is None or candidate.eval_loss() < shown["eval_loss"]):
+        rival = of_strategy.get(candidate.strategy)
+        if judge.models and (rival is None or rank(candidate) < rank(rival)):
+            of_strategy[candidate.strategy] = candidate
             judge.models[candidate.strategy] = candidate.facts
             judge.update_kept[candidate.strategy] = shares
-        worse = candidate if best and best.eval_loss() <= candidate.eval_loss() else best
+        worse = candidate if best and rank(best) <= rank(candidate) else best
         best = best if worse is candidate else candidate
         if worse:
             worse.rounded.discard()
@@ -197,10 +208,8 @@ def _candidates(job: Job, source: Source, judge: Judge, folder: Path) -> Iterato
             yield calibrated
     for name in names:
         strategies = LAYER_BY_LAYER.get(name, [])
-        several = (
-            job.tokens_dir and job.settings.strategy == name
-        )  # several draws, where there is something to choose by
-        for strategy in strategies if several else strategies[:1]:
+        several_draws = job.tokens_dir is not None and job.settings.strategy == name
+        for strategy in strategies if several_draws else strategies[:1]:
             yield _candidate(name, partial(round_layers, strategy, source), folder)
 
 
