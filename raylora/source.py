@@ -49,6 +49,10 @@ class Source:
         self.layers = [name for name in self.updates.layers() if self.checkpoint.is_quantized(f"{name}.weight")]
         """Adapted layers that the base holds in 4 bit."""
 
+        for name in self.updates.whole():
+            if self.checkpoint.is_quantized(name):
+                raise MergeError(f"the adapter replaces {name} (modules_to_save), and the base holds it in 4 bit")
+
     def grid(self, name: str) -> Params4bit:
         """A layer's weight before the update.
 

@@ -274,6 +274,15 @@ def test_a_base_directory_without_weights_is_refused(make_job: Callable[..., Job
         make_job(tmp_path / "empty")
 
 
+def test_a_trained_copy_of_a_4_bit_layer_is_refused(make_job: Callable[..., Job], tiny_model: Path) -> None:
+    job = make_job()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"], modules_to_save=["q_proj"])
+    get_peft_model(base, lora).save_pretrained(job.adapter)
+    with pytest.raises(MergeError, match=r"replaces model\.layers\.0\.self_attn\.q_proj\.weight \(modules_to_save\)"):
+        merge_adapter(job)
+
+
 def test_an_update_of_zero_gives_the_base(make_job: Callable[..., Job]) -> None:
     job = make_job(settings={"strategy": "calibrated"})
     file = job.adapter / "adapter_model.safetensors"
