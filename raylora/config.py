@@ -213,7 +213,7 @@ class MergeSection(Section):
 
     formats: list[Literal["nf4", "bf16", "residual"]] = Field(["nf4"], min_length=1)
     """Model directories to write: `nf4` stays 4-bit; `bf16` is four times the size and exact to rounding; `residual`
-    is nf4 with a small adapter beside it, for what rounding lost."""
+    is the base in nf4 with a small adapter beside it that holds the update."""
 
     strategy: Literal["auto", "all", "peft", "requantize", "stochastic", "calibrated"] = "auto"
     """How weights are rounded to 4 bit; auto tries all but `peft`, `all` that too, for comparison. Of those within the

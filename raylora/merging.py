@@ -244,7 +244,7 @@ def _write(
     elif form == "bf16":
         write_bf16(source, directory, tokenizer)
     else:
-        write_residual(source, best.rounded, directory, tokenizer, r=job.settings.residual_rank, device=job.device)
+        write_residual(source, directory, tokenizer, r=job.settings.residual_rank)
     measured = judge.measure(_load(job, directory)) if judge.models else {}
     if form == "nf4" and measured.get("logits_sha256") != best.facts.get("logits_sha256"):
         raise MergeError(f"the model reloaded from {directory} answers otherwise than the one that was saved there")

@@ -30,15 +30,18 @@ def put(model: PreTrainedModel, source: Source, rounded: Rounded) -> None:
         parameter.data = tensor.to(parameter.device, parameter.dtype)
 
 
-def write_nf4(source: Source, rounded: Rounded, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the base with merged weights in NF4; layers without an update stay as they are, bit for bit."""
-    layers, plain = set(source.layers), source.plain()
+def write_nf4(source: Source, rounded: Rounded | None, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the base with merged weights in NF4, or with its own where none are given.
+
+    Layers without an update stay as they are, bit for bit.
+    """
+    layers, plain = set(source.layers) if rounded else set(), source.plain()
     with replacing(directory) as temporary:
         temporary.mkdir()
         writer = ShardWriter(temporary)
         for name in source.checkpoint.weights():
             layer = name.removesuffix(".weight")
-            if layer in layers:
+            if rounded and layer in layers:
                 writer.add(rounded.tensors(layer))
             elif name not in plain:
                 writer.add(source.checkpoint.tensors(name))
@@ -71,18 +74,16 @@ def write_bf16(source: Source, directory: Path, tokenizer: PreTrainedTokenizerBa
         edit_config(temporary, dtype="bfloat16", quantization_config=None)
 
 
-def write_residual(
-    source: Source, rounded: Rounded, directory: Path, tokenizer: PreTrainedTokenizerBase, *, r: int, device: str
-) -> None:
-    """Writes the merged NF4 model and, in `adapter`, the best adapter of rank r for what rounding lost.
+def write_residual(source: Source, directory: Path, tokenizer: PreTrainedTokenizerBase, *, r: int) -> None:
+    """Writes the base in NF4 as it is and, in `adapter`, the update cut to rank r: exact where it has no higher rank.
 
-    The loss is cut to rank r by its singular values, which is best for the weight (Eckart and Young 1936).
+    Rounding loses noise of full rank, which no small adapter holds; so nothing of the update is rounded here. It is cut
+    by its singular values, which is best for the weight (Eckart and Young 1936).
     """
-    write_nf4(source, rounded, directory, tokenizer)
+    write_nf4(source, None, directory, tokenizer)
     factors = {}
     for name in source.layers:
-        lost = source.target(name)[0] - nf4.dequantize(nf4.from_tensors(name, rounded.tensors(name), device))
-        left, values, right = torch.linalg.svd(lost, full_matrices=False)
+        left, values, right = torch.linalg.svd(source.target(name)[0] - source.before(name), full_matrices=False)
         root = values[:r].sqrt()
         prefix = f"base_model.model.{name}"
         factors[f"{prefix}.lora_A.weight"] = (root[:, None] * right[:r]).cpu().contiguous()
