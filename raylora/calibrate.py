@@ -83,7 +83,8 @@ class _Rounding:
     def after(self, name: str, _: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Rounds the layer, and computes the other half with the rounded weight."""
         assert self._seen is not None and self._inputs is not None
-        grid, before, (target, bias) = self._source.grid(name), self._source.before(name), self._source.target(name)
+        grid, before = self._source.grid(name), self._source.before(name)
+        target, bias = self._source.target(name, before)
         rounded = calibrated(before, target, scale_of(grid), self._inputs, sweeps=SWEEPS, gain_sweeps=GAIN_SWEEPS)
         self._save(name, store(rounded, grid))
         mine = self._seen.chunk(2)[0]

@@ -65,9 +65,14 @@ class Source:
         """The weight that the adapter was trained on, (out_features, in_features), float32; of any quantized layer."""
         return nf4.dequantize(self.grid(name)) if self._quantized else self._original(name).float()
 
-    def target(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias that a layer has with the adapter on, float32: what the merge is to come near to."""
-        return self.updates.apply(name, self.before(name), self._bias(name))
+    def target(self, name: str, before: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias that a layer has with the adapter on, float32: what the merge is to come near to.
+
+        Args:
+            name: of the layer.
+            before: what `before` says of it, where that is at hand; it is read otherwise.
+        """
+        return self.updates.apply(name, self.before(name) if before is None else before, self._bias(name))
 
     def original_target(self, name: str) -> torch.Tensor:
         """The update added to the original weight instead, (out_features, in_features), float32.

@@ -83,7 +83,8 @@ def write_residual(source: Source, directory: Path, tokenizer: PreTrainedTokeniz
     write_nf4(source, None, directory, tokenizer)
     factors = {}
     for name in source.layers:
-        left, values, right = torch.linalg.svd(source.target(name)[0] - source.before(name), full_matrices=False)
+        before = source.before(name)
+        left, values, right = torch.linalg.svd(source.target(name, before)[0] - before, full_matrices=False)
         root = values[:r].sqrt()
         prefix = f"base_model.model.{name}"
         factors[f"{prefix}.lora_A.weight"] = (root[:, None] * right[:r]).cpu().contiguous()
