@@ -88,7 +88,7 @@ def update_kept(source: Source, rounded: Rounded, device: str) -> dict[str, floa
     shares = {}
     for name in source.layers:
         before = nf4.dequantize(source.grid(name))
-        wanted = source.target(name, before)[0] - before
+        wanted = source.target(name)[0] - before
         moved = nf4.dequantize(nf4.from_tensors(name, rounded.tensors(name), device)) - before
         shares[name] = float((moved * wanted).sum() / (wanted * wanted).sum().clamp_min(1e-30))
     return shares
