@@ -9,6 +9,7 @@ missed.
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,7 @@ def main() -> None:
             "of_which_checkpoints": sum(trial.other_seconds or 0.0 for trial in trials),
             "one_fine_tune_seconds": alone_seconds,
             "search_cost": search_seconds / alone_seconds,
+            "seconds_from_a_report_to_the_next_trial": _gaps(records),
             "eval_loss_of_the_best_in_the_search": best.eval_loss,
             "eval_loss_of_the_same_trial_alone": alone_loss,
         }
@@ -79,6 +81,14 @@ def main() -> None:
 
 def _search(space: str, settings: list[str], output: str) -> list[str]:
     return [sys.executable, "-m", "raylora.search", space, *settings, "--output", output]
+
+
+def _gaps(records: Records) -> dict[str, float]:
+    """From a report that gave a place up to the start of the next trial there: median and longest."""
+    reports = sorted(row.reported_at for row in records.history)
+    starts = [trial.started_at for trial in records.trials.values() if trial.started_at > reports[0]]
+    gaps = [start - max(at for at in reports if at < start) for start in starts]
+    return {"median": statistics.median(gaps), "max": max(gaps)}
 
 
 def _alone(space: str, settings: list[str], trial: TrialRow | None, output: Path) -> tuple[float, float | None]:

@@ -19,7 +19,7 @@ import datasets
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from raylora.base_model import compute_dtype, linear_shapes, load_base_model, load_tokenizer
+from raylora.base_model import compute_dtype, find_checkpoint, linear_shapes, load_base_model, load_tokenizer
 from raylora.batches import TokenRows
 from raylora.config import BaseModelSection, SearchSection, TrainingSection
 from raylora.data.tokens import IGNORE
@@ -67,8 +67,8 @@ def main() -> None:
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def load(model: str, folder: Path, device: str) -> TrlEngine:
-    """TRL's engine on random rows; the packed one then uses its base."""
+def base_section(model: str, folder: Path) -> BaseModelSection:
+    """The base that `--model` names; random weights are made in a folder."""
     if model in RANDOM:
         torch.set_default_dtype(torch.bfloat16)
         LlamaForCausalLM(LlamaConfig(**RANDOM[model])).save_pretrained(folder / "model")
@@ -77,18 +77,19 @@ def load(model: str, folder: Path, device: str) -> TrlEngine:
         name = str(folder / "model")
     else:
         name = str(make_tiny_model(folder / "model")) if model == "tiny" else model
-    section = BaseModelSection(name=name)
+    return BaseModelSection(name=name)
+
+
+def load(model: str, folder: Path, device: str) -> TrlEngine:
+    """TRL's engine on random rows; the packed one then uses its base."""
+    section = base_section(model, folder)
     base = load_base_model(section, folder / "cache", device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(250, (512, LENGTH), generator=generator)
     labels = ids.clone()
     labels[:, : LENGTH // 2] = IGNORE
     part = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
-    tokenizer = (
-        load_tokenizer(section, name)
-        if not name.endswith(".gguf")
-        else AutoTokenizer.from_pretrained(Path(name).parent, gguf_file=Path(name).name)
-    )
+    tokenizer = load_tokenizer(section, find_checkpoint(section, folder / "cache"))
     return TrlEngine(base, tokenizer, part, part.select(range(1)), TrainingSection(), list(linear_shapes(base.config)))
 
 

@@ -57,9 +57,14 @@ def find_checkpoint(section: BaseModelSection, cache_dir: Path) -> str:
         if not any(next(path.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
             raise BaseModelError(f"{path} holds no weights: must hold one of {', '.join(WEIGHT_PATTERNS)}")
         return str(path)
-    if section.name.count("/") != 1 or section.name.startswith((".", "/", "~")):
+    if not is_hub_id(section.name):
         raise BaseModelError(f"base model not found: {section.name} is no directory, GGUF file or Hub id (owner/name)")
     return section.name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be one of the Hub's, `owner/name`."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def load_model_config(section: BaseModelSection, checkpoint: str) -> PretrainedConfig:

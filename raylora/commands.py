@@ -86,6 +86,18 @@ def split_arguments(first: Path | None, rest: list[str]) -> tuple[Path | None, d
     return first, parse_overrides(rest)
 
 
+def new_folder(path: Path) -> Path:
+    """The folder that a command is to write, as an absolute path.
+
+    Raises:
+        ConfigError: there is something in it, which would be lost.
+    """
+    path = path.expanduser().resolve()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(f"{path} is not empty, and nothing is overwritten; name another folder by --output")
+    return path
+
+
 def console() -> Console:
     """Standard output; wide where it is no terminal, so that lines are not broken in a log."""
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)

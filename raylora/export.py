@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from raylora.commands import command, console, run_command
+from raylora.commands import command, console, new_folder, run_command
 from raylora.errors import ConfigError, MergeError
 from raylora.evaluate import evaluation_rows
 from raylora.files import read_json, replacing, write_text
@@ -57,7 +57,7 @@ def export(
     private: Annotated[bool, typer.Option(help="Make the Hub repository private.")] = True,
 ) -> None:
     """Write the best adapter's merged model with a model card, and put it on the Hub if asked."""
-    run = RunDirectory(run_directory)
+    run, output = RunDirectory(run_directory), new_folder(output)
     converter = _converter(llama_cpp) if format is Format.gguf else None
     merged = _merged(run, "bf16" if format is Format.gguf else format.value)
     with replacing(output) as temporary:
@@ -158,7 +158,7 @@ def _push(directory: Path, repository: str, private: bool) -> None:
         api.whoami()  # says at once if nobody is logged in
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=directory)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # beside its own errors, the Hub's client lets those of its HTTP library through
         first = str(error).strip().splitlines()[0]
         raise MergeError(f"{repository} could not be put on the Hub: {first}; `hf auth login` first") from error
 

@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 
 from raylora.base_model import find_checkpoint, load_tokenizer
-from raylora.commands import command, console, run_command, split_arguments
-from raylora.config import build_merge_config, change_config
+from raylora.commands import command, console, new_folder, run_command, split_arguments
+from raylora.config import BaseModelSection, build_merge_config, change_config
 from raylora.data import prepare_data
 from raylora.errors import ConfigError, DeviceError, MergeError, RunDirectoryError
 from raylora.files import replacing, write_json
@@ -28,6 +28,7 @@ from raylora.merging import Job, merge_adapter
 from raylora.records import Records, TrialRow
 from raylora.run_directory import RunDirectory
 from raylora.tables import print_table
+from raylora.updates import find_adapter
 
 FINALISTS = 5
 """Trials that are merged where the objective is the loss after merging."""
@@ -40,7 +41,7 @@ def merge(
     context: typer.Context,
     run_directory: Annotated[Path | None, typer.Argument(help="Folder of a search.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model: Hub id, directory or GGUF file.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter in peft's format.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter of peft: directory or Hub id.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write the merged model to.")] = None,
     merge_tolerance: Annotated[float | None, typer.Option(help="As --merge.tolerance.")] = None,
 ) -> None:
@@ -53,7 +54,8 @@ def merge(
         save_best_adapter(run)
         result = merge_run(run, overrides)
     elif base is not None and adapter is not None and output is not None:
-        result = merge_adapter(_job(base, adapter, output, overrides))
+        output = new_folder(output)
+        result = merge_adapter(_job(base, find_adapter(adapter), output, overrides))
         write_json(output / REPORT, result)
     else:
         raise ConfigError("needs the folder of a search, or --base, --adapter and --output")
@@ -67,16 +69,15 @@ def save_best_adapter(run: RunDirectory) -> TrialRow:
     Raises:
         RunDirectoryError: no trial reached the full budget.
     """
-    best = Records.load(run).best()
+    base, best = run.config().base_model, Records.load(run).best()
     if best is None:
         raise RunDirectoryError(f"{run.path} holds no trial that reached the full budget, so none can be called best")
-    _save_adapter(run, best, run.best_adapter)
+    _save_adapter(run, base, best, run.best_adapter)
     return best
 
 
-def _save_adapter(run: RunDirectory, trial: TrialRow, directory: Path) -> None:
+def _save_adapter(run: RunDirectory, base: BaseModelSection, trial: TrialRow, directory: Path) -> None:
     assert trial.checkpoint is not None  # written before its loss was reported
-    base = run.config().base_model
     checkpoint = run.trial(trial.number) / Path(trial.checkpoint).name  # as written, unless the run was moved
     with replacing(directory) as temporary:
         temporary.mkdir()
@@ -118,7 +119,7 @@ def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dic
     if config.search.objective == "merged_eval_loss":
         finalists = _merge_finalists(run, records, job)
         best = records.trials[min(finalists, key=lambda number: finalists[number])]
-        _save_adapter(run, best, run.best_adapter)
+        _save_adapter(run, job.base, best, run.best_adapter)
     result = {"trial": best.number if best else None, "finalists": finalists, **merge_adapter(job)}
     write_json(run.merge_file, result)
     return result
@@ -129,7 +130,7 @@ def _merge_finalists(run: RunDirectory, records: Records, job: Job) -> dict[int,
     for trial in records.finished()[:FINALISTS]:
         with tempfile.TemporaryDirectory(prefix=".finalist-", dir=run.path) as folder:
             adapter = Path(folder) / "adapter"
-            _save_adapter(run, trial, adapter)
+            _save_adapter(run, job.base, trial, adapter)
             result = merge_adapter(replace(job, adapter=adapter, outputs={}))
             losses[trial.number] = result["models"][result["strategy"]]["eval_loss"]
     return losses

@@ -8,15 +8,17 @@ import copy
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from raylora.errors import MergeError
+from raylora.base_model import is_hub_id
+from raylora.errors import ConfigError, MergeError
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Initialisations whose adapter fits a changed base only, until peft converts it."""
@@ -29,6 +31,24 @@ FROZEN_COPY = ".base_layer.weight"
 
 NAMED = 3
 """So many wrong tensors are named in an error."""
+
+
+def find_adapter(name: str) -> Path:
+    """Directory of an adapter; one on the Hub (owner/name) is looked up in the Hub cache, and downloaded if need be.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    directory = Path(name).expanduser()
+    if not directory.exists() and is_hub_id(name):
+        try:
+            directory = Path(snapshot_download(name, allow_patterns="adapter_*"))
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{name} is no directory, nor an adapter that the Hub gives: {first}") from error
+    if not (directory / CONFIG_NAME).is_file():
+        raise ConfigError(f"{name} is no adapter of peft: it holds no {CONFIG_NAME}")
+    return directory
 
 
 class Updates:

@@ -63,7 +63,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
             check=False,
         )
         assert result.returncode == 2
-        assert "error: " in result.stderr
+        assert "is no run directory: it holds no config.yaml" in result.stderr
         assert "Traceback" not in result.stderr
 
 

@@ -1,11 +1,14 @@
 """What is exported is whole: a GGUF by llama.cpp's own converter, or an error that says what is missing."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalTokenNotFoundError
 
+from raylora import export
 from raylora.errors import ConfigError, MergeError
-from raylora.export import CONVERTER, _convert, _converter, _licence
+from raylora.export import CONVERTER, _convert, _converter, _licence, _push
 
 
 def test_gguf_needs_llama_cpps_converter(tmp_path: Path) -> None:
@@ -29,3 +32,32 @@ def test_the_licence_is_the_bases_own(tmp_path: Path) -> None:
     assert _licence(str(tmp_path)) is None
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base")
     assert _licence(str(tmp_path)) == "apache-2.0"
+
+
+def test_a_push_makes_a_private_repository_and_says_when_nobody_is_logged_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Hub:
+        def whoami(self) -> None:
+            calls.append(("whoami", None))
+
+        def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
+            calls.append((name, private))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path) -> None:
+            calls.append((repo_id, folder_path))
+
+    monkeypatch.setattr(export, "HfApi", Hub)
+    _push(tmp_path, "owner/name", private=True)
+    assert calls == [("whoami", None), ("owner/name", True), ("owner/name", tmp_path)]
+
+    class NobodysHub(Hub):
+        def whoami(self) -> None:
+            raise LocalTokenNotFoundError("Token is required, but no token found.")
+
+    monkeypatch.setattr(export, "HfApi", NobodysHub)
+    with pytest.raises(MergeError, match=r"owner/name could not be put on the Hub: Token is required.*`hf auth login`"):
+        _push(tmp_path, "owner/name", private=True)
+    assert len(calls) == 3

@@ -12,23 +12,29 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig, Qwen2Config
+from typer.testing import CliRunner
 
-from raylora import merging
+from raylora import merging, updates
 from raylora.base_model import load_base_model, load_plain
+from raylora.cli import app
 from raylora.config import MergeSection, SearchConfig
 from raylora.data import load_part, prepare_data
 from raylora.data.tokens import IGNORE
-from raylora.errors import BaseModelError, MergeError, RunDirectoryError
+from raylora.errors import BaseModelError, ConfigError, MergeError, RunDirectoryError
 from raylora.files import read_json
 from raylora.losses import pad
 from raylora.merge import check_tolerance, merge_rows, merge_run, save_best_adapter, verdict
 from raylora.merging import Job, merge_adapter
+from raylora.records import Records
 from raylora.run_directory import RunDirectory, start
+from tests.test_records import REPORT
+from tests.test_training import assignment
 
 IDS = torch.arange(4, 24)[None]
 LAYERED = ("calibrated", "requantize", "stochastic")
@@ -45,14 +51,21 @@ def make_job(make_config: Callable[..., SearchConfig], tokens: Path, tmp_path: P
     """A job on the tiny model, with an adapter that has learnt the rows a little."""
 
     def make(
-        base: Path | None = None, *, rows: bool = True, settings: dict[str, Any] | None = None, **lora: Any
+        base: Path | None = None,
+        *,
+        quantization: str = "nf4",
+        steps: int = 20,
+        rows: bool = True,
+        settings: dict[str, Any] | None = None,
+        **lora: Any,
     ) -> Job:
-        section = make_config(base_model={"name": str(base)} if base else {}).base_model
+        name = {"name": str(base)} if base else {}
+        section = make_config(base_model={"quantization": quantization, **name}).base_model
         model = get_peft_model(
             load_base_model(section, tmp_path / "cache", "cpu"),
             LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 4, "target_modules": "all-linear", **lora}),
         )
-        train_a_little(model, tokens)
+        train_a_little(model, tokens, steps)
         model.save_pretrained(tmp_path / "adapter")
         merge_settings = MergeSection.model_validate(settings or {})
         return Job(
@@ -70,8 +83,8 @@ def make_job(make_config: Callable[..., SearchConfig], tokens: Path, tmp_path: P
     return make
 
 
-def train_a_little(model: PeftModel, tokens: Path) -> None:
-    """Twenty steps on all rows: an update of about 3 % of the weight."""
+def train_a_little(model: PeftModel, tokens: Path, steps: int) -> None:
+    """Steps on all rows; twenty make an update of about 3 % of the weight."""
     rows = load_part(tokens, "train")
     input_ids, labels = pad(list(rows["input_ids"]), 1), pad(list(rows["labels"]), IGNORE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -80,7 +93,7 @@ def train_a_little(model: PeftModel, tokens: Path) -> None:
         if "lora_A" in name:
             torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
     optimizer = torch.optim.Adam(trained, lr=2e-4)
-    for _ in range(20):
+    for _ in range(steps):
         model(input_ids=input_ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -207,6 +220,19 @@ def test_a_base_that_exists_only_as_nf4_is_merged_without_its_original(
         merge_adapter(make_job(tmp_path / "nf4", settings={"strategy": "requantize"}))
 
 
+def test_an_adapter_of_an_unquantized_base_goes_into_its_nf4(make_job: Callable[..., Job]) -> None:
+    job = make_job(quantization="none", settings={"formats": ["nf4", "bf16"]})
+    result = merge_adapter(job)
+    models = result["models"]
+    # what it must come near to is the unquantized base with the adapter on
+    moved = (logits(with_adapter(job)) - logits(load_base_model(job.base, job.cache_dir, "cpu"))).square().mean()
+    bf16 = load_plain(str(job.outputs["bf16"]), "cpu", torch.float32)
+    assert (logits(bf16) - logits(with_adapter(job))).square().mean() < 0.02 * moved
+    for other in ("requantize", "stochastic"):
+        assert models["calibrated"]["kl_to_adapter"] < 0.1 * models[other]["kl_to_adapter"]
+    assert result["strategy"] == "calibrated"
+
+
 def test_without_rows_nothing_is_measured_and_the_original_is_used(make_job: Callable[..., Job]) -> None:
     result = merge_adapter(make_job(rows=False))
     assert result["strategy"] == "requantize"
@@ -233,8 +259,11 @@ def test_the_checkpoint_is_as_bitsandbytes_writes_them(make_job: Callable[..., J
         ".quant_map",
         ".quant_state.bitsandbytes__nf4",
     }
-    state = bytes(stored[f"{name}.quant_state.bitsandbytes__nf4"].tolist()).decode()
-    assert '"blocksize": 64' in state
+    # and is read as vLLM's loader reads it (`_quantized_4bit_generator` of its bitsandbytes_loader.py)
+    state = QuantState.from_dict({key: stored[key] for key in stored if key.startswith(f"{name}.")}, device="cpu")
+    assert (state.blocksize, state.quant_type, state.nested) == (64, "nf4", True)
+    loaded = weights(load_plain(str(job.outputs["nf4"]), "cpu", torch.float32))
+    assert torch.equal(dequantize_4bit(stored[name], state), loaded[name.removesuffix(".weight")])
 
 
 def test_over_the_tolerance_the_lowest_loss_is_chosen(make_job: Callable[..., Job]) -> None:
@@ -321,9 +350,64 @@ def test_any_adapter_is_merged_from_the_command_line(
     assert (
         AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config.bnb_4bit_quant_type == "nf4"
     )
-    failed = subprocess.run([*command, "--merge.strategy", "bestest"], capture_output=True, text=True, check=False)
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "out is not empty, and nothing is overwritten" in again.stderr
+    command += ["--output", str(tmp_path / "other"), "--merge.strategy", "bestest"]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert "merge.strategy = 'bestest': must be 'auto', 'all', 'peft'" in failed.stderr
+
+
+def test_of_the_finalists_the_one_best_after_merging_is_chosen(
+    make_job: Callable[..., Job], make_config: Callable[..., SearchConfig], tokens: Path, tmp_path: Path
+) -> None:
+    """The first reports the lower loss, and the second, trained for longer, has it once both are merged."""
+    run = RunDirectory(tmp_path / "run")
+    start(run, make_config(search={"objective": "merged_eval_loss"}), {"on_gpu": False, "tokens_dir": str(tokens)})
+    records = Records(run)
+    for number, steps in enumerate([1, 20]):
+        checkpoint = run.trial(number) / "checkpoint-9"
+        shutil.copytree(make_job(steps=steps).adapter, checkpoint)
+        records.started(number, assignment(), 9)
+        records.reported(number, {**REPORT, "step": 9, "eval_loss": 1.0 + number, "checkpoint": str(checkpoint)})
+        records.ended(number, "finished")
+    assert save_best_adapter(run).number == 0
+    result = merge_run(run)
+    assert result["trial"] == 1
+    assert result["finalists"][1] < result["finalists"][0]
+    assert result["models"][result["strategy"]]["eval_loss"] == result["finalists"][1]
+    weights = "adapter_model.safetensors"
+    assert (run.best_adapter / weights).read_bytes() == (run.trial(1) / "checkpoint-9" / weights).read_bytes()
+    assert not list(run.path.glob(".finalist-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "."], ". is no adapter of peft: it holds no adapter_config.json"),
+        (["--adapter", "none"], "none is no adapter of peft: it holds no adapter_config.json"),
+        (["--adapter", ".", "--output", "/usr"], "/usr is not empty, and nothing is overwritten"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_at_once(arguments: list[str], message: str, tmp_path: Path) -> None:
+    options = ["merge", "--base", "no_such/base", "--output", str(tmp_path / "out"), *arguments]
+    ended = CliRunner().invoke(app, options)
+    assert ended.exit_code == 2
+    assert message in ended.stderr
+
+
+def test_an_adapter_on_the_hub_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    monkeypatch.setattr(updates, "snapshot_download", lambda name, allow_patterns: tmp_path)
+    assert updates.find_adapter("owner/name") == tmp_path
+
+    def refuse(name: str, allow_patterns: str) -> None:
+        raise LocalEntryNotFoundError("not in the cache, and no network")
+
+    monkeypatch.setattr(updates, "snapshot_download", refuse)
+    with pytest.raises(ConfigError, match="owner/name is no directory, nor an adapter that the Hub gives: not in"):
+        updates.find_adapter("owner/name")
 
 
 def test_a_command_without_an_adapter_says_what_it_needs() -> None:
