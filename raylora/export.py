@@ -149,7 +149,7 @@ def _convert(converter: Path, model: Path, output: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"})
     if ended.returncode or not output.is_file():
         last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise MergeError(f"{converter} ended with {ended.returncode}: {last}")
+        raise MergeError(f"{converter} ended with {ended.returncode}: {last}; what it needs is in its requirements.txt")
 
 
 def _push(directory: Path, repository: str, private: bool) -> None:
