@@ -142,7 +142,7 @@ class Bookkeeper(Searcher):
         """Whom to train next: left over from an interrupted search, promoted, new, or repeated."""
         if self._to_resume:
             number = min(self._to_resume)
-            return self._start(number, self._to_resume.pop(number))
+            return self._start(number, self._to_resume.pop(number), self._study.repeat_of(number))
         promoted = self._promote()
         if promoted is None and self._study.n_asked() < self._n_trials and not self._out_of_time():
             return self._start(*self._study.ask(self._records.numbers("paused")))
@@ -180,10 +180,14 @@ class Bookkeeper(Searcher):
                 self._progress.ended(number)
 
     def _replay(self) -> None:
-        """Shows the halving what an earlier session saw, and leaves the paused trials to it."""
-        for trial in self._records.trials.values():
+        """Shows the halving what an earlier session saw, and leaves to it the trials that stand at a rung."""
+        for trial in list(self._records.trials.values()):
             if trial.repeat_of is not None:
                 continue
+            if trial.state == "running" and trial.step in self._compared:
+                # on its way to the next rung, or killed before that was decided; it is decided anew
+                self._records.paused(trial.number)
+                trial = self._records.trials[trial.number]
             losses = [
                 row.eval_loss
                 for row in self._records.history
@@ -221,6 +225,9 @@ def reconcile(study: Study, records: Records) -> None:
     study.discard_unassigned()
     for number in study.running():
         trial = records.trials.get(number)
+        if trial is not None and trial.state == "running" and trial.step >= trial.max_steps:
+            records.ended(number, "finished")  # killed between its last report and this
+            trial = records.trials[number]
         if trial is None or trial.state in ("running", "paused"):
             continue
         if trial.state == "finished" and trial.eval_loss is not None:

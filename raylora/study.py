@@ -74,6 +74,10 @@ class Study:
         )
         return self._study.trials[-1].number, assignment
 
+    def repeat_of(self, number: int) -> int | None:
+        """The trial whose assignment this one repeats; None for a proposal."""
+        return self._study.trials[number].user_attrs.get("repeat_of")
+
     def n_asked(self) -> int:
         """Trials proposed so far, whatever became of them."""
         return sum(

@@ -1,0 +1,74 @@
+"""A search that was killed at an awkward moment goes on as if it had not been."""
+
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from raylora.bookkeeper import Bookkeeper, reconcile
+from raylora.config import SearchConfig
+from raylora.records import Records
+from raylora.run_directory import RunDirectory
+from raylora.study import Study
+from tests.test_records import REPORT
+
+RUNGS = [3, 9]
+
+
+@pytest.fixture
+def config(make_config: Callable[..., SearchConfig]) -> SearchConfig:
+    return make_config(search={"n_trials": 3, "reduction_factor": 3})
+
+
+@pytest.fixture
+def killed(config: SearchConfig, tmp_path: Path) -> tuple[Study, Records]:
+    """Three trials have reported at the first rung, and nothing came of it yet."""
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    study, records = Study(config, file=run.study_file), Records(run)
+    for loss in (2.0, 1.0, 3.0):
+        number, assignment = study.ask(set())
+        records.started(number, assignment, RUNGS[-1])
+        report(study, records, number, RUNGS[0], loss)
+    return study, records
+
+
+def report(study: Study, records: Records, number: int, step: int, loss: float) -> None:
+    study.report(number, step, loss)
+    records.reported(number, {**REPORT, "step": step, "eval_loss": loss})
+
+
+def resume(config: SearchConfig, study: Study, records: Records) -> int | None:
+    """The trial that a resumed search trains next."""
+    reconcile(study, records)
+    return Bookkeeper(config, RUNGS, 1, study, records, Mock(), Mock())._next()
+
+
+def states(records: Records) -> list[str]:
+    return [records.trials[number].state for number in sorted(records.trials)]
+
+
+def test_trials_killed_at_a_rung_are_compared_there(config: SearchConfig, killed: tuple[Study, Records]) -> None:
+    study, records = killed
+    assert resume(config, study, records) == 1
+    assert states(records) == ["stopped", "running", "stopped"]
+
+
+def test_a_trial_killed_at_the_end_is_finished(config: SearchConfig, killed: tuple[Study, Records]) -> None:
+    study, records = killed
+    report(study, records, 1, RUNGS[-1], 0.5)
+    assert resume(config, study, records) is None
+    assert states(records) == ["stopped", "finished", "stopped"]
+    assert study.running() == {}
+
+
+def test_a_repetition_that_the_table_does_not_know_stays_one(
+    config: SearchConfig, killed: tuple[Study, Records]
+) -> None:
+    study, records = killed
+    report(study, records, 1, RUNGS[-1], 0.5)
+    reconcile(study, records)
+    number, _ = study.repeat(1, seed=7)
+    assert resume(config, study, records) == number
+    assert records.trials[number].repeat_of == 1
