@@ -3,7 +3,6 @@
 Run as `python benchmarks/memory.py OUTPUT.json --model MODEL`; MODEL as for `throughput.py`.
 """
 
-import argparse
 import gc
 import json
 import tempfile
@@ -11,7 +10,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from throughput import LENGTH, TRIAL, load, packed
+from throughput import LENGTH, TRIAL, load, model_parser, packed
 
 from raylora.base_model import compute_dtype, linear_shapes
 from raylora.config import BaseModelSection
@@ -26,10 +25,7 @@ R = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--model", required=True)
-    arguments = parser.parse_args()
+    arguments = model_parser().parse_args()
     quiet_libraries()
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,6 @@ Run as `python benchmarks/merge_size.py OUTPUT.json --model MODEL`, with nothing
 `throughput.py`. What random weights keep means nothing: `merge.py` measures that.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from throughput import base_section
+from throughput import base_section, model_parser
 
 from raylora.base_model import find_checkpoint, load_base_model, load_tokenizer
 from raylora.config import DataSection, MergeSection
@@ -31,10 +30,7 @@ R, LORA_ALPHA = 16, 0.25
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--model", required=True)
-    arguments = parser.parse_args()
+    arguments = model_parser().parse_args()
     quiet_libraries()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     on_gpu = torch.cuda.is_available()

@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from throughput import LENGTH, TRIAL, load, packed
+from throughput import LENGTH, TRIAL, load, model_parser, packed
 from torch.profiler import ProfilerActivity, profile
 
 from raylora.base_model import compute_dtype
@@ -26,9 +26,7 @@ N_STEPS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--model", required=True)
+    parser = model_parser()
     parser.add_argument("--trials", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=256, help="of each trial's micro-batch")
     parser.add_argument("--dropout", type=float, default=0.0)

@@ -5,7 +5,8 @@ start with data and base in the cache, all count from the start of their process
 trials, rungs, reduction factor and TRL trainer.
 
 - optuna: a loop around TRL with Optuna's own pruner. It loads the base once, which not every loop does.
-- tune: what Ray's documentation shows, a Tune function that starts a TorchTrainer for each trial, with ASHA.
+- tune: what Ray's documentation shows, a Tune function that starts a TorchTrainer for each trial, with ASHA. It has not
+  ended yet where it was tried (the tiny model, 4 minutes, 2026-11-23), and why is not known.
 """
 
 import functools
@@ -61,7 +62,8 @@ def main() -> None:
         search = [sys.executable, "-m", "raylora.search", space, *settings, "--output", f"{folder}/run"]
         began = time.time()
         subprocess.run(search, check=True, stdout=subprocess.DEVNULL)
-        records = Records.load(RunDirectory(Path(folder) / "run"))
+        run = RunDirectory(Path(folder) / "run")
+        records = Records.load(run)
         best = records.best()
         assert best is not None
         seconds = max(trial.ended_at or 0.0 for trial in records.trials.values()) - began
@@ -71,7 +73,7 @@ def main() -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "space": space,
             "settings": settings[:-2],
-            "rungs": RunDirectory(Path(folder) / "run").provenance()["rungs"],
+            "rungs": run.provenance()["rungs"],
             "raylora": {"seconds": seconds, "eval_loss": best.eval_loss, "steps": steps},
         }
         for name in RIVALS:

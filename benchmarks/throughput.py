@@ -45,9 +45,7 @@ RANDOM = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--model", required=True)
+    parser = model_parser()
     parser.add_argument("--packs", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256, 512])
     arguments = parser.parse_args()
@@ -65,6 +63,14 @@ def main() -> None:
         "rows": rows,
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def model_parser() -> argparse.ArgumentParser:
+    """`OUTPUT.json --model MODEL`, which every script on one model takes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", required=True)
+    return parser
 
 
 def base_section(model: str, folder: Path) -> BaseModelSection:

@@ -73,9 +73,10 @@ def calibrated(
     """
     before, scale = before.T.contiguous(), scale.T.contiguous()  # one input feature's weights side by side
     change = (target + target @ inputs.correction).T - before
-    rounded = error_feedback(before + change, scale, inputs.inverse)
+    aimed = before + change
+    rounded = error_feedback(aimed, scale, inputs.inverse)
     for _ in range(sweeps):
-        descend(rounded, before + change, scale, inputs.moment)
+        descend(rounded, aimed, scale, inputs.moment)
     seen = inputs.moment @ change
     whole = (change * seen).sum(0).clamp_min(torch.finfo(seen.dtype).tiny)
     gain = torch.ones_like(whole)
