@@ -5,14 +5,16 @@ start with data and base in the cache, all count from the start of their process
 trials, rungs, reduction factor and TRL trainer.
 
 - optuna: a loop around TRL with Optuna's own pruner. It loads the base once, which not every loop does.
-- tune: what Ray's documentation shows, a Tune function that starts a TorchTrainer for each trial, with ASHA. It has not
-  ended yet where it was tried (the tiny model, 4 minutes, 2026-11-23), and why is not known.
+- tune: what Ray's documentation shows, a Tune function that starts a TorchTrainer for each trial, with ASHA. It needs the
+  dashboard, and its address in each worker's environment; without them it hangs at the first trial that ASHA stops
+  (ray#54305).
 """
 
 import functools
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -149,7 +151,15 @@ def tune_and_train(run: RunDirectory, folder: Path) -> dict[str, Any]:
         ).fit()
 
     with tempfile.TemporaryDirectory() as temporary:
-        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=temporary, log_to_driver=False)
+        os.environ["RAY_GCS_SERVER_PORT"] = port = str(_free_port())
+        address = f"{ray.util.get_node_ip_address()}:{port}"
+        ray.init(
+            num_cpus=2,
+            include_dashboard=True,
+            _temp_dir=temporary,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"RAY_ADDRESS": address}},
+        )
         os.environ["OMP_NUM_THREADS"] = str(devices.n_cpus)
         tuner = tune.Tuner(
             tune.with_resources(trial, {"CPU": 1}),
@@ -188,6 +198,12 @@ def _load(run: RunDirectory, config: SearchConfig) -> TrlEngine:
     torch.set_num_threads(local_devices().n_cpus)
     device = "cuda:0" if provenance["on_gpu"] else "cpu"
     return TrlEngine.load(config, tokens_dir=Path(provenance["tokens_dir"]), cache_dir=run.cache(config), device=device)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _suggested(config: SearchConfig, trial: Suggester) -> Assignment:

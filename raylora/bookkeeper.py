@@ -50,7 +50,12 @@ class Bookkeeper(Searcher):
         self._compared = rungs[-1:] if scheduler == "none" else rungs
         """Steps at which trials are compared and may pause."""
 
-        self._halving = Halving(len(self._compared), config.search.reduction_factor, synchronous=scheduler == "halving")
+        self._halving = Halving(
+            len(self._compared),
+            config.search.reduction_factor,
+            synchronous=scheduler == "halving",
+            finalists=config.search.finalists,
+        )
         self._legs: dict[str, int] = {}
         """Tune's id of each leg under way -> number of its trial."""
 
@@ -159,7 +164,8 @@ class Bookkeeper(Searcher):
         return number
 
     def _promote(self) -> int | None:
-        number = self._halving.promote()
+        # Tune may ask for the next trial before it says that a leg has ended whose report it has shown
+        number = self._halving.promote(busy=self._legs.values())
         if number is not None:
             self._records.resumed(number)
         return number

@@ -7,6 +7,7 @@ algorithm 2 (ASHA) (arXiv:1810.05934).
 """
 
 import math
+from collections.abc import Collection
 
 
 class Halving:
@@ -16,10 +17,11 @@ class Halving:
         n_rungs: rungs, the full budget among them.
         reduction_factor: of the trials at a rung, the best one in so many is promoted.
         synchronous: promote from a rung only when all trials that can reach it have.
+        finalists: trials that are promoted to the full budget, at least, where so many come near it.
     """
 
-    def __init__(self, n_rungs: int, reduction_factor: int, *, synchronous: bool) -> None:
-        self._factor, self._synchronous = reduction_factor, synchronous
+    def __init__(self, n_rungs: int, reduction_factor: int, *, synchronous: bool, finalists: int = 1) -> None:
+        self._factor, self._synchronous, self._finalists = reduction_factor, synchronous, finalists
         self._entered: list[set[int]] = [set() for _ in range(n_rungs)]
         """Trials that have been let onto the way to each rung."""
 
@@ -51,15 +53,19 @@ class Halving:
         """No new trials will come."""
         self._closed = True
 
-    def promote(self, number: int | None = None) -> int | None:
+    def promote(self, number: int | None = None, *, busy: Collection[int] = ()) -> int | None:
         """Lets a trial onto the way to its next rung: this one, or the best one nearest the full budget.
+
+        Args:
+            number: of the trial; None is any.
+            busy: trials that cannot set out yet.
 
         Returns:
             Its number; None where this one, or no one, may go on yet.
         """
         for rung in reversed(range(len(self._entered) - 1)):
             for candidate in self._promotable(rung):
-                if number in (None, candidate):
+                if number in (None, candidate) and candidate not in busy:
                     self.enter(candidate, rung + 1)
                     return candidate
         return None
@@ -79,8 +85,10 @@ class Halving:
         losses, complete = self._losses[rung], self._complete(rung)
         if self._synchronous and not complete:
             return []
-        # a search too small for its reduction factor still ends with one finished trial
-        n_best = max(len(losses) // self._factor, int(complete))
+        n_best = len(losses) // self._factor
+        if complete:
+            # one at least: a search too small for its reduction factor still ends with finished trials
+            n_best = max(n_best, self._finalists if rung == len(self._losses) - 2 else 1)
         best = sorted(losses, key=lambda number: (losses[number], number))[:n_best]
         gone = self._entered[rung + 1] | self._withdrawn
         return [number for number in best if number not in gone and math.isfinite(losses[number])]

@@ -24,7 +24,7 @@ from raylora.errors import TrialError
 from raylora.files import replacing
 from raylora.layout import MicroBatch
 from raylora.packed import Pack
-from raylora.rung import Report, peak_memory_mib, reset_peak_memory
+from raylora.rung import Report, peak_memory_mib, reset_peak_memory, validated_rows
 from raylora.space import Assignment
 
 N_CHECKPOINTS = 2
@@ -228,10 +228,8 @@ class PackedEngine:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._on_gpu = model.device.type == "cuda"
         self._adapter_options = {"device": model.device, "dtype": dtype, "rank_multiple": 8 if grouped else 1}
-        self._train, self._training, self.tokens_per_pass = train, training, tokens_per_pass
-        order = sorted(range(len(validation)), key=validation.lengths.__getitem__)
-        self._validation = [(validation.input_ids(row), validation.labels(row)) for row in order]
-        self._n_validated = sum(validation.n_predicted(row) for row in order)
+        self._train, self._validation = train, validation
+        self._training, self.tokens_per_pass = training, tokens_per_pass
         self.trials: dict[int, PackedTrial] = {}
         self._waiting: set[int] = set()
         reset_peak_memory()
@@ -333,21 +331,27 @@ class PackedEngine:
         return reports
 
     def _validate(self, numbers: list[int]) -> dict[int, float]:
-        """Mean loss per token of each trial on the validation rows, in the same passes."""
+        """Mean loss per token of each trial on its rung's validation rows, in the same passes."""
         if not numbers:
             return {}
         began = time.perf_counter()
-        adapters = [self.trials[number].adapter for number in numbers]
-        size = self._training.per_device_eval_batch_size
-        starts = range(0, len(self._validation), size)
-        parts = [tuple(map(list, zip(*self._validation[start : start + size], strict=True))) for start in starts]
-        batches = [MicroBatch(adapter, ids, labels) for ids, labels in parts for adapter in adapters]
-        nll = torch.cat([self.pack.nll(part) for part in cut(batches, self.tokens_per_pass)])
-        eval_losses = nll.view(-1, len(numbers)).sum(0) / max(1, self._n_validated)
-        result = dict(zip(numbers, eval_losses.tolist(), strict=True))
+        data, size = self._validation, self._training.per_device_eval_batch_size
+        owners, batches, n_predicted = [], [], {}
+        for number in numbers:
+            trial = self.trials[number]
+            rows = validated_rows(data.lengths, trial.step, trial.rungs, self._training)
+            n_predicted[number] = sum(data.n_predicted(row) for row in rows)
+            for part in (rows[start : start + size] for start in range(0, len(rows), size)):
+                ids, labels = [data.input_ids(row) for row in part], [data.labels(row) for row in part]
+                owners.append(number)
+                batches.append(MicroBatch(trial.adapter, ids, labels))
+        losses = torch.cat([self.pack.nll(part) for part in cut(batches, self.tokens_per_pass)]).tolist()
+        total = dict.fromkeys(numbers, 0.0)
+        for number, loss in zip(owners, losses, strict=True):
+            total[number] += loss
         for number in numbers:
             self.trials[number].seconds["eval"] += (time.perf_counter() - began) / len(numbers)
-        return result
+        return {number: total[number] / max(1, n_predicted[number]) for number in numbers}
 
 
 def cut(batches: list[MicroBatch], tokens_per_pass: int) -> list[list[MicroBatch]]:

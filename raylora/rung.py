@@ -7,7 +7,11 @@ from pathlib import Path
 
 import torch
 
+from raylora.config import TrainingSection
 from raylora.memory import MIB
+
+FORWARD_PASSES_PER_STEP = 3
+"""What a training step on some rows takes: forward, and backward for activations and through each product again."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Report:
     """Passes over the training rows done."""
 
     eval_loss: float
-    """Validation loss in nats per token."""
+    """Validation loss in nats per token; before the full budget on `validated_rows`."""
 
     train_loss: float
     """Mean training loss since the last report, nats per token."""
@@ -44,6 +48,25 @@ class Report:
     trainable_parameters: int
     checkpoint: str
     """Directory to resume from; holds the adapter in peft's format."""
+
+
+def validated_rows(lengths: list[int], step: int, rungs: list[int], training: TrainingSection) -> list[int]:
+    """Validation rows for a trial at a rung, shorter ones first: all at the full budget, often fewer before it.
+
+    A step of training takes as long as three forward passes, so with three validation rows for each row trained on,
+    validation takes no longer than the training that it judges. Fewer rows are spread evenly over the lengths, and are
+    the same for all trials at a rung, whatever their batch sizes.
+
+    Args:
+        lengths: tokens of each validation row.
+        step: optimizer steps done.
+        rungs: of the trial; the last is its full budget.
+        training: settings that all trials share.
+    """
+    rows = sorted(range(len(lengths)), key=lengths.__getitem__)
+    n_trained = step * training.per_device_train_batch_size * training.gradient_accumulation_steps
+    n = len(rows) if step >= rungs[-1] else min(len(rows), FORWARD_PASSES_PER_STEP * n_trained)
+    return [rows[i * len(rows) // n] for i in range(n)]
 
 
 def reset_peak_memory() -> None:

@@ -20,7 +20,7 @@ from raylora.config import SearchConfig, TrainingSection
 from raylora.data import load_part
 from raylora.errors import TrialError
 from raylora.losses import eval_loss
-from raylora.rung import Report, peak_memory_mib, reset_peak_memory
+from raylora.rung import Report, peak_memory_mib, reset_peak_memory, validated_rows
 from raylora.space import Assignment
 
 
@@ -186,6 +186,7 @@ class _RungCallback(TrainerCallback):
         self._train_seconds = self._eval_seconds = 0.0
         self._last_report = arrived
         self._tokens_per_epoch = sum(len(ids) for ids in engine.train["input_ids"])
+        self._validation_lengths = [len(ids) for ids in engine.validation["input_ids"]]
         self._trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         reset_peak_memory()
 
@@ -197,9 +198,10 @@ class _RungCallback(TrainerCallback):
         control.should_log = True
         if state.global_step in self._rungs:
             began = time.perf_counter()
+            rows = validated_rows(self._validation_lengths, state.global_step, self._rungs, self._engine.training)
             self._eval_loss = eval_loss(
                 self._model,
-                self._engine.validation,
+                self._engine.validation.select(rows),
                 batch_size=self._engine.training.per_device_eval_batch_size,
                 pad_token_id=self._engine.tokenizer.pad_token_id,
             )

@@ -1,4 +1,4 @@
-"""A search that was killed at an awkward moment goes on as if it had not been."""
+"""Events in an awkward order: a search that was killed goes on as if it had not been, and none waits for ever."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -72,3 +72,22 @@ def test_a_repetition_that_the_table_does_not_know_stays_one(
     number, _ = study.repeat(1, seed=7)
     assert resume(config, study, records) == number
     assert records.trials[number].repeat_of == 1
+
+
+def test_a_trial_is_promoted_only_when_its_leg_has_ended(config: SearchConfig, tmp_path: Path) -> None:
+    # Tune saves a trial before it ends its leg, and may ask for the next one meanwhile
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    study, records = Study(config, file=run.study_file), Records(run)
+    bookkeeper = Bookkeeper(config, RUNGS, 3, study, records, Mock(), Mock())
+    reports = {leg: {**REPORT, "step": RUNGS[0], "eval_loss": loss} for leg, loss in zip("abc", (2.0, 1.0, 3.0))}
+    for leg in reports:
+        number = bookkeeper._next()
+        assert number is not None
+        bookkeeper._legs[leg] = number
+    assert not any(bookkeeper.goes_on(leg, found) for leg, found in reports.items())
+    assert bookkeeper._next() is None
+    for leg, found in reports.items():
+        bookkeeper.on_trial_complete(leg, found)
+    assert bookkeeper._next() == 1
+    assert states(records) == ["stopped", "running", "stopped"]

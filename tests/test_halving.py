@@ -73,6 +73,27 @@ def test_a_search_smaller_than_the_reduction_factor_still_finishes_one() -> None
         assert promotions(halving) == [1]
 
 
+def test_the_last_rung_before_the_end_lets_several_through() -> None:
+    halving = Halving(3, 3, synchronous=True, finalists=3)
+    at_first_rung(halving, [9, 8, 7, 6, 5, 4, 3, 2, 1])
+    halving.close()
+    assert promotions(halving) == [8, 7, 6]
+    for number, loss in ((6, 0.6), (7, 0.7)):
+        halving.report(number, 1, loss)
+    assert promotions(halving) == []
+    halving.fail(8)
+    assert promotions(halving) == [6, 7]
+
+
+def test_a_trial_that_is_busy_is_promoted_later() -> None:
+    halving = Halving(2, 2, synchronous=True)
+    at_first_rung(halving, [1.0, 2.0])
+    halving.close()
+    assert halving.promote(busy=[0]) is None
+    assert halving.out() == [1]
+    assert halving.promote() == 0
+
+
 def test_a_failed_trial_holds_nobody_up_and_is_never_promoted() -> None:
     halving = Halving(2, 3, synchronous=True)
     at_first_rung(halving, [1.0, 2.0])

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from raylora import training
 from raylora.adapters import Adapter
 from raylora.batches import TokenRows
-from raylora.config import SearchConfig
+from raylora.config import SearchConfig, TrainingSection
 from raylora.errors import TrialError
 from raylora.layout import MicroBatch
 from raylora.losses import eval_loss
 from raylora.packed_engine import PackedEngine, cut
-from raylora.rung import Report
+from raylora.rung import Report, validated_rows
 from raylora.space import Assignment
 from raylora.training import TrlEngine
 from tests.test_training import assignment, load_engine
@@ -104,6 +104,13 @@ def test_a_packed_trial_starts_from_the_adapter_that_peft_would_draw(trl: TrlEng
     for number, alone in enumerate(expected):
         # float32's rounding, grown over 20 steps of Adam, which divides by small second moments
         assert losses(together[number]) == pytest.approx(alone, rel=2e-4), number
+
+
+def test_before_the_full_budget_validation_costs_no_more_than_training() -> None:
+    lengths, options = [50, 10, 30, 20, 40], TrainingSection(per_device_train_batch_size=1)
+    assert validated_rows(lengths, 1, [1, 9], options) == [1, 3, 4]
+    assert validated_rows(lengths, 2, [2, 9], options) == [1, 3, 2, 4, 0]
+    assert len(validated_rows([10] * 100, 9, [1, 9], options)) == 100
 
 
 def test_with_dropout_a_trial_in_a_pack_is_the_trial_alone(trl: TrlEngine, tmp_path: Path) -> None:
