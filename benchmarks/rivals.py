@@ -5,8 +5,8 @@ start with data and base in the cache, all count from the start of their process
 trials, rungs, reduction factor and TRL trainer.
 
 - optuna: a loop around TRL with Optuna's own pruner. It loads the base once, which not every loop does.
-- tune: what Ray's documentation shows, a Tune function that starts a TorchTrainer for each trial, with ASHA. It needs the
-  dashboard, and its address in each worker's environment; without them it hangs at the first trial that ASHA stops
+- tune: what Ray's documentation shows, a Tune function that starts a TorchTrainer for each trial, with ASHA. It needs
+  the dashboard, and its address in each worker's environment; without them it hangs at the first trial that ASHA stops
   (ray#54305).
 """
 

@@ -175,8 +175,8 @@ class SearchSection(Section):
     reduction_factor: int = Field(3, ge=2)
     """Promote one of so many at each rung."""
 
-    finalists: PositiveInt = 3
-    """Promote at least so many to the full budget: the last rung before it is the least certain (docs/packed.md)."""
+    finalists: PositiveInt = 1
+    """Promote at least so many to the full budget; more guard against a last rung that misjudges (docs/packed.md)."""
 
     objective: Literal["eval_loss", "merged_eval_loss"] = "eval_loss"
     """What the best of the finished trials is chosen by: validation loss, or, of the five lowest, that when merged."""

@@ -23,9 +23,3 @@ class TrialProxy(tune.Trainable):
         report = ray.get(self._broker.next_report.remote(self._number))
         # Tune insists on the metric in every result; without a step it does not count
         return {"eval_loss": math.nan, **report, "done": report.get("step", self._max_steps) >= self._max_steps}
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing to save: the lane keeps checkpoints in the run directory."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing to load."""

@@ -78,6 +78,8 @@ def run_search(
                 name=f"tune-{time.time_ns()}",
                 storage_path=str(run.logs / "tune"),
                 stop=_StopWhenInterrupted(bookkeeper),
+                # nothing to save: lanes keep the trials' checkpoints
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),
         )

@@ -40,7 +40,7 @@ def make_config(tiny_model: Path, rows_file: Path, tmp_path: Path) -> Callable[.
             "data": {"train": str(rows_file), "validation_size": 8, "heldout_size": 8},
             "training": {"max_steps": 9, "per_device_train_batch_size": 2},
             "space": SPACE,
-            "search": {"n_trials": 3, "finalists": 1},
+            "search": {"n_trials": 3},
             "cache_dir": str(tmp_path / "cache"),
         }
         for name, section in sections.items():

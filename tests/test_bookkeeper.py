@@ -80,7 +80,7 @@ def test_a_trial_is_promoted_only_when_its_leg_has_ended(config: SearchConfig, t
     run.path.mkdir()
     study, records = Study(config, file=run.study_file), Records(run)
     bookkeeper = Bookkeeper(config, RUNGS, 3, study, records, Mock(), Mock())
-    reports = {leg: {**REPORT, "step": RUNGS[0], "eval_loss": loss} for leg, loss in zip("abc", (2.0, 1.0, 3.0))}
+    reports = {leg: {**REPORT, "step": RUNGS[0], "eval_loss": loss} for leg, loss in {"a": 2, "b": 1, "c": 3}.items()}
     for leg in reports:
         number = bookkeeper._next()
         assert number is not None
