@@ -11,7 +11,7 @@ from raylora.config import TrainingSection
 from raylora.memory import MIB
 
 FORWARD_PASSES_PER_STEP = 3
-"""What a training step on some rows takes: forward, and backward for activations and through each product again."""
+"""What a training step takes, in forward passes over its rows: 3.0 as measured (docs/packed.md)."""
 
 
 @dataclass(frozen=True)
