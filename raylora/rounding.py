@@ -73,17 +73,18 @@ def calibrated(
     """
     before, scale = before.T.contiguous(), scale.T.contiguous()  # one input feature's weights side by side
     change = (target + target @ inputs.correction).T - before
-    aimed = before + change
-    rounded = error_feedback(aimed, scale, inputs.inverse)
-    for _ in range(sweeps):
-        descend(rounded, aimed, scale, inputs.moment)
+    rounded = error_feedback(before + change, scale, inputs.inverse)
     seen = inputs.moment @ change
+    gradient = inputs.moment @ (rounded - before) - seen
+    for _ in range(sweeps):
+        descend(rounded, gradient, scale, inputs.moment)
     whole = (change * seen).sum(0).clamp_min(torch.finfo(seen.dtype).tiny)
     gain = torch.ones_like(whole)
     for _ in range(gain_sweeps):
-        gain += 1 - ((rounded - before) * seen).sum(0) / whole
-        gain.clamp_(1 / MAX_GAIN, MAX_GAIN)
-        descend(rounded, before + gain * change, scale, inputs.moment)
+        raised = (gain + 1 - ((rounded - before) * seen).sum(0) / whole).clamp(1 / MAX_GAIN, MAX_GAIN)
+        gradient -= (raised - gain) * seen
+        descend(rounded, gradient, scale, inputs.moment)
+        gain = raised
     return rounded.T.contiguous()
 
 
@@ -111,18 +112,17 @@ def error_feedback(target: torch.Tensor, scale: torch.Tensor, inverse: torch.Ten
     return rounded
 
 
-def descend(rounded: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, moment: torch.Tensor) -> None:
+def descend(rounded: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, moment: torch.Tensor) -> None:
     """Moves each weight in turn, in place, to the level that is best while the others stay; it never gets worse.
 
     Args:
-        rounded: (in_features, out_features), as are target and scale.
-        target: what to come near to.
+        rounded: (in_features, out_features), as are gradient and scale.
+        gradient: half that of the squared distance to the target, moment (rounded - target); kept up to date.
         scale: of each element.
         moment: damped, (in_features, in_features).
     """
-    gradient = moment @ (rounded - target)  # half of it
-    for start in range(0, len(target), BLOCK):
-        stop = min(start + BLOCK, len(target))
+    for start in range(0, len(rounded), BLOCK):
+        stop = min(start + BLOCK, len(rounded))
         local, before = gradient[start:stop].clone(), rounded[start:stop].clone()
         for feature in range(start, stop):
             best = rounded[feature] - local[feature - start] / moment[feature, feature]

@@ -54,6 +54,7 @@ def test_descent_never_makes_the_outputs_worse(layer: tuple[torch.Tensor, torch.
     target = (weight + 0.02 * torch.randn(32, 64)).T.contiguous()
     seen, scale = Inputs(inputs, inputs), scale.T.contiguous()
     rounded = error_feedback(target, scale, seen.inverse)
+    gradient = seen.moment @ (rounded - target)
 
     def objective() -> float:
         off = rounded - target
@@ -61,10 +62,11 @@ def test_descent_never_makes_the_outputs_worse(layer: tuple[torch.Tensor, torch.
 
     objectives = [objective()]
     for _ in range(3):
-        descend(rounded, target, scale, seen.moment)
+        descend(rounded, gradient, scale, seen.moment)
         objectives.append(objective())
     assert objectives == sorted(objectives, reverse=True)
     assert objectives[-1] < objectives[0]
+    assert torch.allclose(gradient, seen.moment @ (rounded - target), rtol=1e-3, atol=1e-3)
 
 
 def test_calibrated_rounding_mends_what_earlier_layers_got_wrong(
