@@ -164,9 +164,10 @@ class SearchSection(Section):
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     """Optuna's TPE, uniform random, or every combination of a space of choices."""
 
-    scheduler: Literal["halving", "asha", "none"] = "halving"
-    """Weak trials pause at rungs, and the best go on: from a rung only when all have reached it (`halving`), or as soon
-    as enough have (`asha`, for many GPUs), both of arXiv:1810.05934; `none` trains all to the end."""
+    scheduler: Literal["asha", "halving", "none"] = "asha"
+    """Weak trials pause at rungs, and the best go on: as soon as enough have reached a rung (`asha`), so that the
+    sampler soon learns from late rungs, or only when all have (`halving`), arXiv:1810.05934; `none` trains all to the
+    end."""
 
     grace_period: PositiveInt | None = None
     """First rung in optimizer steps; None is early enough that the best one of `n_trials` is left at the last rung, but

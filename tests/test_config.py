@@ -50,7 +50,7 @@ def test_the_resolved_config_loads_to_the_same_config() -> None:
         ("training.max_steps", "-3", r"training\.max_steps = -3: must be greater than 0"),
         ("training.max_steps", "many", r"training\.max_steps = 'many': must be a valid integer"),
         ("training", "3", r"training = 3: must be a valid dictionary"),
-        ("search.scheduler", "hyperband", r"search\.scheduler = 'hyperband': must be 'halving', 'asha' or 'none'"),
+        ("search.scheduler", "hyperband", r"search\.scheduler = 'hyperband': must be 'asha', 'halving' or 'none'"),
         ("space.r", "0", r"space\.r = 0: must be greater than or equal to 1"),
         ("space.r", "{logint: [0, 8]}", r"0 < low <= high, found \[0, 8\]"),
         ("space.r", "{choice: []}", r"space\.r\.choice: must be a list of one value or more"),

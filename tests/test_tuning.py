@@ -88,7 +88,7 @@ def study_of(tmp_path: Path) -> optuna.Study:
 
 def test_weak_trials_stop_early_and_the_search_goes_on(search: Callable[..., Records], tmp_path: Path) -> None:
     # six reach step 3, the best two of them step 9, the better one of those the end, though it came last
-    records = search([(8, 9e-3), (8, 1e-4), (8, 2e-4), (8, 5e-4), (8, 9.5e-3), (8, 3e-4)])
+    records = search([(8, 9e-3), (8, 1e-4), (8, 2e-4), (8, 5e-4), (8, 9.5e-3), (8, 3e-4)], scheduler="halving")
     assert states(records) == ["stopped", "stopped", "stopped", "stopped", "finished", "stopped"]
     assert [records.trials[number].step for number in range(6)] == [9, 3, 3, 3, 27, 3]
     order = [(row.number, row.step) for row in records.history]
@@ -147,10 +147,10 @@ def test_a_base_that_cannot_load_ends_the_search_at_once_with_the_reason(
 
 def test_resuming_keeps_what_finished_and_counts_a_total(search: Callable[..., Records], tmp_path: Path) -> None:
     points = [(8, rate) for rate in RATES]
-    first = search(points, n_trials=4)
+    first = search(points, n_trials=4, scheduler="halving")
     assert len(first.trials) == 4
     run = RunDirectory(tmp_path / "run")
-    records = search(points, n_trials=8)
+    records = search(points, n_trials=8, scheduler="halving")
     assert len(records.trials) == 8
     assert [records.trials[number] for number in range(4)] == [first.trials[number] for number in range(4)]
     # the halving remembers: 1.5e-4 is among the worst two thirds of all eight, not of the last four only
@@ -181,7 +181,7 @@ def test_the_best_assignments_are_repeated_with_other_seeds(search: Callable[...
 
 
 def test_asynchronous_halving_promotes_before_all_have_come(search: Callable[..., Records]) -> None:
-    records = search([(8, rate) for rate in RATES], scheduler="asha")
+    records = search([(8, rate) for rate in RATES])
     order = [(row.number, row.step) for row in records.history]
     assert any(step > RUNGS[0] for _, step in order[: len(RATES)])
     assert records.count("finished") >= 1
