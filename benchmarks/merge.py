@@ -72,7 +72,8 @@ class Bench:
         self.tokenizer = load_tokenizer(config.base_model, find_checkpoint(config.base_model, self.cache_dir))
         self.unrelated = None
         if unrelated:
-            section = config.data.model_copy(update={"train": unrelated, "max_validation_rows": 16, "max_length": 256})
+            other = {"train": unrelated, "validation": None, "heldout": None, "heldout_size": 1}
+            section = config.data.model_copy(update={**other, "max_validation_rows": 16, "max_length": 256})
             tokens_dir = prepare_data(section, self.tokenizer, self.cache_dir).tokens_dir
             self.unrelated = load_part(tokens_dir, "validation")
 
