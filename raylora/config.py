@@ -176,7 +176,7 @@ class SearchSection(Section):
     reduction_factor: int = Field(3, ge=2)
     """Promote one of so many at each rung."""
 
-    finalists: PositiveInt = 1
+    finalists: PositiveInt = 3
     """Promote at least so many to the full budget; more guard against a last rung that misjudges (docs/packed.md)."""
 
     objective: Literal["eval_loss", "merged_eval_loss"] = "eval_loss"
