@@ -10,9 +10,6 @@ import torch
 from raylora.config import TrainingSection
 from raylora.memory import MIB
 
-FORWARD_PASSES_PER_STEP = 3
-"""What a training step takes, in forward passes over its rows: 3.0 as measured (docs/packed.md)."""
-
 
 @dataclass(frozen=True)
 class Report:
@@ -53,9 +50,9 @@ class Report:
 def validated_rows(lengths: list[int], step: int, rungs: list[int], training: TrainingSection) -> list[int]:
     """Validation rows for a trial at a rung, shorter ones first: all at the full budget, often fewer before it.
 
-    A step of training takes as long as three forward passes, so with three validation rows for each row trained on,
-    validation takes no longer than the training that it judges. Fewer rows are spread evenly over the lengths, and are
-    the same for all trials at a rung, whatever their batch sizes.
+    One for each row trained on, at most: training on a row takes as long as three forward passes, so that validation
+    takes a third of the time of the training that it judges. Fewer rows are spread evenly over the lengths, and are the
+    same for all trials at a rung, whatever their batch sizes.
 
     Args:
         lengths: tokens of each validation row.
@@ -65,7 +62,7 @@ def validated_rows(lengths: list[int], step: int, rungs: list[int], training: Tr
     """
     rows = sorted(range(len(lengths)), key=lengths.__getitem__)
     n_trained = step * training.per_device_train_batch_size * training.gradient_accumulation_steps
-    n = len(rows) if step >= rungs[-1] else min(len(rows), FORWARD_PASSES_PER_STEP * n_trained)
+    n = len(rows) if step >= rungs[-1] else min(len(rows), n_trained)
     return [rows[i * len(rows) // n] for i in range(n)]
 
 

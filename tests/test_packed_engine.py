@@ -106,10 +106,10 @@ def test_a_packed_trial_starts_from_the_adapter_that_peft_would_draw(trl: TrlEng
         assert losses(together[number]) == pytest.approx(alone, rel=2e-4), number
 
 
-def test_before_the_full_budget_validation_costs_no_more_than_training() -> None:
+def test_before_the_full_budget_validation_takes_no_more_rows_than_training() -> None:
     lengths, options = [50, 10, 30, 20, 40], TrainingSection(per_device_train_batch_size=1)
-    assert validated_rows(lengths, 1, [1, 9], options) == [1, 3, 4]
-    assert validated_rows(lengths, 2, [2, 9], options) == [1, 3, 2, 4, 0]
+    assert validated_rows(lengths, 3, [3, 9], options) == [1, 3, 4]
+    assert validated_rows(lengths, 6, [6, 9], options) == [1, 3, 2, 4, 0]
     assert len(validated_rows([10] * 100, 9, [1, 9], options)) == 100
 
 
