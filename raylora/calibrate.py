@@ -8,10 +8,13 @@ nearest to the adapter's from its own. So a layer also mends what those before i
 from functools import partial
 from typing import Any
 
+import datasets
 import torch
 from peft import PeftModel
 from torch.nn.functional import linear
+from torch.nn.functional import pad as lengthen
 
+from raylora.data.tokens import IGNORE
 from raylora.errors import MergeError
 from raylora.losses import pad
 from raylora.nf4 import scale_of, store
@@ -22,10 +25,13 @@ from raylora.strategies import Save
 SWEEPS, GAIN_SWEEPS = 2, 3
 """Rounds of coordinate descent, and of those with a gain; more gain little (docs/merge.md)."""
 
+PROMPT_WEIGHT = 0.3
+"""Of a position whose next token bears no loss, against one whose does: what it answers matters only to attention."""
+
 
 def calibrate(
     adapter: PeftModel,
-    rows: list[list[int]],
+    rows: datasets.Dataset,
     source: Source,
     save: Save,
     *,
@@ -35,7 +41,7 @@ def calibrate(
 
     Args:
         adapter: base with the adapter, unmerged.
-        rows: token ids of training rows.
+        rows: of training, columns `input_ids` and `labels`.
         source: of the same base and adapter.
         save: takes each layer's name and rounded weight.
         pad_token_id: fills short rows on the right, where causal attention cannot see it.
@@ -43,11 +49,13 @@ def calibrate(
     Raises:
         MergeError: a layer does not see one row of activations per row of tokens.
     """
-    input_ids = pad(rows, pad_token_id).to(adapter.device)
-    lengths = torch.tensor([len(row) for row in rows], device=adapter.device)
+    input_ids = pad(list(rows["input_ids"]), pad_token_id).to(adapter.device)
+    targets = lengthen(pad(list(rows["labels"]), IGNORE)[:, 1:], (0, 1), value=IGNORE).to(adapter.device)
+    lengths = torch.tensor([len(row) for row in rows["input_ids"]], device=adapter.device)
     present = torch.arange(input_ids.shape[1], device=adapter.device) < lengths[:, None]
+    weights = torch.where(targets != IGNORE, 1.0, PROMPT_WEIGHT)
     base = adapter.get_base_model()
-    rounding = _Rounding(source, save, present)
+    rounding = _Rounding(source, save, present, weights)
     hooks = []
     for name in source.layers:
         layer = base.get_submodule(name)
@@ -64,8 +72,9 @@ def calibrate(
 class _Rounding:
     """What each layer does as the two passes go by: the first half of the rows is the rounded model's."""
 
-    def __init__(self, source: Source, save: Save, present: torch.Tensor) -> None:
+    def __init__(self, source: Source, save: Save, present: torch.Tensor, weights: torch.Tensor) -> None:
         self._source, self._save, self._present = source, save, present
+        self._root = weights[present].sqrt()[:, None]
         self._seen: torch.Tensor | None = None
         self._inputs: Inputs | None = None
 
@@ -77,7 +86,10 @@ class _Rounding:
             raise MergeError(f"calibration needs inputs of shape (rows, tokens, features), and {name} has others")
         if both is not self._seen:  # queries, keys and values share theirs, and so do gates and ups
             mine, wanted = both.chunk(2)
-            self._seen, self._inputs = both, Inputs(mine[self._present], wanted[self._present])
+            self._seen, self._inputs = (
+                both,
+                Inputs(mine[self._present] * self._root, wanted[self._present] * self._root),
+            )
         return both.chunk(2)[1]
 
     def after(self, name: str, _: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

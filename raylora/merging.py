@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,14 +143,13 @@ class Judge:
         heldout_loss = eval_loss(model, self._parts["heldout"], **self._batches)
         return asdict(self._reference.compare(model)) | {"heldout_loss": heldout_loss}
 
-    def calibration_rows(self, n_tokens: int) -> list[list[int]]:
-        """Training rows, shuffled, of at most so many tokens together."""
-        rows: list[list[int]] = []
-        for row in self._parts["train"].shuffle(seed=0):
+    def calibration_rows(self, n_tokens: int) -> datasets.Dataset:
+        """Training rows, shuffled, of at most so many tokens together, and one at least."""
+        rows = self._parts["train"].shuffle(seed=0)
+        for number, row in enumerate(rows):
             n_tokens -= len(row["input_ids"])
-            if rows and n_tokens < 0:
-                break
-            rows.append(row["input_ids"])
+            if number and n_tokens < 0:
+                return rows.select(range(number))
         return rows
 
 
