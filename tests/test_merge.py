@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig, Qwen2Config
 from typer.testing import CliRunner
 
-from raylora import merging, updates
-from raylora.base_model import load_base_model, load_plain
+from raylora import calibrate, merging, updates
+from raylora.base_model import load_base_model, load_plain, load_tokenizer
 from raylora.cli import app
 from raylora.config import MergeSection, SearchConfig
 from raylora.data import load_part, prepare_data
@@ -30,8 +30,9 @@ from raylora.errors import BaseModelError, ConfigError, MergeError, RunDirectory
 from raylora.files import read_json
 from raylora.losses import pad
 from raylora.merge import check_tolerance, merge_rows, merge_run, save_best_adapter, verdict
-from raylora.merging import Job, merge_adapter
+from raylora.merging import Job, Judge, merge_adapter, open_source
 from raylora.records import Records
+from raylora.rounding import Inputs
 from raylora.run_directory import RunDirectory, start
 from tests.test_records import REPORT
 from tests.test_training import assignment
@@ -133,6 +134,28 @@ def test_auto_measures_each_strategy_and_writes_the_best(make_job: Callable[...,
     assert forms["residual"]["kl_to_adapter"] < forms["nf4"]["kl_to_adapter"]
     assert len(merge_rows(result)) == 8
     assert "merged by" in verdict(result)
+
+
+def test_calibration_weighs_what_bears_loss_over_what_does_not(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    source, judge = open_source(job), Judge(job, load_tokenizer(job.base, job.base.name))
+    rows = judge.calibration_rows(60)
+    assert 0 < sum(map(len, rows["input_ids"])) <= 60
+    assert len(judge.calibration_rows(1)) == 1
+    seen: list[torch.Tensor] = []
+
+    def first_inputs(prompt_weight: float) -> torch.Tensor:
+        seen.clear()
+        monkeypatch.setattr(calibrate, "Inputs", lambda *inputs: seen.append(inputs[0]) or Inputs(*inputs))
+        monkeypatch.setattr(calibrate, "PROMPT_WEIGHT", prompt_weight)
+        calibrate.calibrate(with_adapter(job), rows, source, lambda *_: None, pad_token_id=judge.pad_token_id)
+        return seen[0]
+
+    bears_loss = torch.tensor([label != IGNORE for labels in rows["labels"] for label in [*labels[1:], IGNORE]])
+    assert 0 < bears_loss.sum() < len(bears_loss)
+    assert torch.equal(first_inputs(0.25), first_inputs(1) * torch.where(bears_loss, 1.0, 0.5)[:, None])
 
 
 def test_calibration_keeps_the_answers_that_rounding_alone_changes(make_job: Callable[..., Job]) -> None:
