@@ -18,7 +18,7 @@ RUNGS = [3, 9]
 
 @pytest.fixture
 def config(make_config: Callable[..., SearchConfig]) -> SearchConfig:
-    return make_config(search={"n_trials": 3, "reduction_factor": 3, "scheduler": "halving"})
+    return make_config(search={"n_trials": 3, "reduction_factor": 3, "scheduler": "halving", "finalists": 1})
 
 
 @pytest.fixture

@@ -88,7 +88,8 @@ def study_of(tmp_path: Path) -> optuna.Study:
 
 def test_weak_trials_stop_early_and_the_search_goes_on(search: Callable[..., Records], tmp_path: Path) -> None:
     # six reach step 3, the best two of them step 9, the better one of those the end, though it came last
-    records = search([(8, 9e-3), (8, 1e-4), (8, 2e-4), (8, 5e-4), (8, 9.5e-3), (8, 3e-4)], scheduler="halving")
+    points = [(8, 9e-3), (8, 1e-4), (8, 2e-4), (8, 5e-4), (8, 9.5e-3), (8, 3e-4)]
+    records = search(points, scheduler="halving", finalists=1)
     assert states(records) == ["stopped", "stopped", "stopped", "stopped", "finished", "stopped"]
     assert [records.trials[number].step for number in range(6)] == [9, 3, 3, 3, 27, 3]
     order = [(row.number, row.step) for row in records.history]
