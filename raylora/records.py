@@ -87,11 +87,9 @@ class Records:
         """The tables as they stand on disk; empty where nothing is written yet."""
         records = cls(run)
         if run.trials_file.is_file():
-            records.trials = {
-                row["number"]: TrialRow(**row) for row in pa.parquet.read_table(run.trials_file).to_pylist()
-            }
+            records.trials = {row["number"]: TrialRow(**row) for row in _read_table(run.trials_file)}
         if run.history_file.is_file():
-            records.history = [HistoryRow(**row) for row in pa.parquet.read_table(run.history_file).to_pylist()]
+            records.history = [HistoryRow(**row) for row in _read_table(run.history_file)]
         return records
 
     def started(self, number: int, assignment: Assignment, max_steps: int, repeat_of: int | None = None) -> None:
@@ -251,6 +249,12 @@ def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> No
     """Writes rows as one Parquet file, at once."""
     with replacing(path) as temporary:
         pa.parquet.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    """Opens the file once, as a running search may replace it; `read_table` opens it again for each part."""
+    with pa.parquet.ParquetFile(path) as table:
+        return table.read().to_pylist()
 
 
 def _median(values: list[Any]) -> Any:

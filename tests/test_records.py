@@ -1,6 +1,7 @@
 """Tables: their arithmetic, and that they are whole on disk after every event."""
 
 from pathlib import Path
+from threading import Thread
 
 import pyarrow.parquet
 
@@ -51,6 +52,21 @@ def test_rank_against_loss_compares_equal_steps_only(tmp_path: Path) -> None:
         5.0,
     )
     assert (eight["n"], eight["eval_loss_median"], eight["eval_loss_spread"]) == (1, 2.0, 0.0)
+
+
+def test_tables_of_a_running_search_are_read_whole(tmp_path: Path) -> None:
+    records = filled(tmp_path)
+
+    def go_on() -> None:
+        for number in range(5, 255):
+            records.started(number, assignment(r=4), 9)
+
+    search = Thread(target=go_on)
+    search.start()
+    while search.is_alive():
+        seen = Records.load(RunDirectory(tmp_path)).trials
+        assert list(seen) == list(range(len(seen)))
+    search.join()
 
 
 def test_times_add_up_over_reports_and_tokens_per_second_follow(tmp_path: Path) -> None:
