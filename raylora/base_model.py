@@ -132,6 +132,14 @@ def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any)
     return model
 
 
+def dense_weight(layer: torch.nn.Module) -> torch.Tensor:
+    """(out_features, in_features) weight of a linear layer: as it is, turned round for Conv1D, dequantized from 4 bit."""
+    weight = layer.weight
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
 def is_quantized(config: PretrainedConfig) -> bool:
     """Whether the checkpoint is quantized already, so that no 16-bit original is at hand."""
     return getattr(config, "quantization_config", None) is not None

@@ -47,16 +47,17 @@ class Share:
         return self.key is not None and self.adapter.dropout > 0
 
     def kept(self, layer: int, x: Tensor) -> Tensor:
-        """Which entries of one layer's input dropout keeps; its factor 1 / (1 - p) is in `scaling`.
+        """1 for each entry of one layer's input that dropout keeps, else 0; its factor 1 / (1 - p) is in `scaling`.
 
-        They follow from the trial's seed, the micro-batch's key and the layer alone, so that they are the same when
-        they are drawn again for the backward pass, after a pause, or in another pack. The bits of int64 draws are four
-        times as fast as `bernoulli_` on a CPU; p is rounded to 1 / 65536.
+        They follow from the trial's seed, the micro-batch's key and the layer alone, so that they are the same after a
+        pause, in another pack, or when gradient checkpointing draws them again. The bits of int64 draws are four times
+        as fast as `bernoulli_` on a CPU; p is rounded to 1 / 65536. Products with uint8 are twice as fast as with bool.
         """
         generator = torch.Generator(x.device).manual_seed(hash((self.adapter.seed, self.key, layer)))
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
-        draws = bits.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
-        return draws.view(x.shape) >= round(self.adapter.dropout * 2**16) - 2**15
+        draws = bits.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
+        kept = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        return torch.ge(draws, round(self.adapter.dropout * 2**16) - 2**15, out=kept)
 
     @property
     def scaling(self) -> float:
@@ -118,7 +119,7 @@ class Group:
             gradients.add_(grouped_mm(left.t(), right, offs=self._ends))
 
     def kept(self, layer: int, x: Tensor) -> Tensor | None:
-        """Which entries of one layer's input dropout keeps; None for all."""
+        """As `Share.kept`, one share after the other; None where all is kept."""
         if not any(share.drops for share in self.shares):
             return None
         parts = zip(self.shares, x.split(self._lengths), strict=True)

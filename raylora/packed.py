@@ -25,6 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from raylora.adapters import Shapes
+from raylora.base_model import dense_weight
+from raylora.cpu import fast_products
 from raylora.layout import Group, Layout, MicroBatch
 from raylora.memory import CHUNK
 
@@ -32,7 +34,7 @@ from raylora.memory import CHUNK
 class Pack:
     """A frozen base through which many adapters train. Adapters may come and go between any two calls.
 
-    The base keeps its modules: the updates are added by forward hooks, and `close` leaves it as it was found.
+    The base keeps its modules, of which the linear ones get another `forward`; `close` leaves it as it was found.
 
     Args:
         model: causal language model with frozen parameters, on any device.
@@ -55,14 +57,11 @@ class Pack:
         self.model, self._autocast, self._grouped, self._chunk = model, autocast, grouped, chunk
         self.shapes: Shapes = {name: _features(model.get_submodule(name)) for name in names}
         self._layout: Layout | None = None
-        self._handles = [
-            model.get_submodule(name).register_forward_hook(self._add_updates(index, name))
-            for index, name in enumerate(names)
-        ]
+        self._layers = [model.get_submodule(name) for name in names]
+        for index, (name, layer) in enumerate(zip(names, self._layers, strict=True)):
+            layer.forward = self._adapted(index, name, layer)
         # without a gradient at its very input, the first layers' products would stay out of the graph
-        self._handles.append(
-            model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
-        )
+        self._handle = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
         self._attention_before = model.config._attn_implementation
         self._attention = f"within-rows-{id(self)}"
         ALL_ATTENTION_FUNCTIONS[self._attention] = self._attend_within_rows
@@ -71,8 +70,9 @@ class Pack:
 
     def close(self) -> None:
         """Gives the base back."""
-        for handle in self._handles:
-            handle.remove()
+        for layer in self._layers:
+            del layer.forward  # the class's own comes back
+        self._handle.remove()
         self.model.set_attn_implementation(self._attention_before)
         del ALL_ATTENTION_FUNCTIONS[self._attention]
 
@@ -116,12 +116,14 @@ class Pack:
             output = backbone(input_ids=layout.input_ids[None], position_ids=layout.position_ids[None], use_cache=False)
         return output.last_hidden_state[0][layout.predicting], layout
 
-    def _add_updates(self, layer: int, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-            groups = [group for group in self._layout.groups if name in group.lora_A] if self._layout else []
-            return _LowRankUpdates.apply(output, inputs[0], layer, name, groups) if groups else None
+    def _adapted(self, index: int, name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What takes the place of a linear layer's forward."""
 
-        return hook
+        def forward(x: Tensor) -> Tensor:
+            groups = [group for group in self._layout.groups if name in group.lora_A] if self._layout else []
+            return _AdaptedLinear.apply(x, layer, self._autocast or x.dtype, index, name, groups)
+
+        return forward
 
     def _attend_within_rows(
         self,
@@ -168,7 +170,8 @@ class Pack:
             layout.token_weights.split(self._chunk),
             strict=True,
         ):
-            logits = head(states)
+            with fast_products(states.device):
+                logits = head(states)
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             nll.append(-log_p.gather(1, targets[:, None])[:, 0])
             if with_gradient:
@@ -176,43 +179,51 @@ class Pack:
                 gradient = log_p.exp_()
                 gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
                 gradient *= weights[:, None].to(gradient.dtype)
-                gradients.append(gradient.to(head.weight.dtype) @ head.weight)
+                with fast_products(states.device):
+                    gradients.append(gradient.to(head.weight.dtype) @ head.weight)
         return torch.cat(nll), torch.cat(gradients).to(hidden.dtype) if with_gradient else None
 
 
-class _LowRankUpdates(torch.autograd.Function):
-    """Adds scaling * B A dropout(x) to the tokens of each group, in place.
+class _AdaptedLinear(torch.autograd.Function):
+    """A frozen linear layer on all tokens, and scaling * B A dropout(x) on the tokens of each group.
 
-    The factors are no inputs of the graph: their gradients are added where the optimizer looks for them.
+    The factors are no inputs of the graph: their gradients are added where the optimizer looks for them. The weight is
+    dequantized anew for the backward pass, so that it is in memory one layer at a time.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, layer: int, name: str, groups: list[Group]) -> Tensor:
-        tokens_in, tokens_out = x.flatten(0, -2), output.flatten(0, -2)
-        reduced = []
+    def forward(
+        ctx: Any, x: Tensor, layer: nn.Module, dtype: torch.dtype, index: int, name: str, groups: list[Group]
+    ) -> Tensor:
+        tokens_in = x.flatten(0, -2).to(dtype)
+        saved: list[Tensor | None] = [tokens_in]
+        with fast_products(x.device):
+            tokens_out = tokens_in @ dense_weight(layer).to(dtype).t()
+        if layer.bias is not None:
+            tokens_out += layer.bias.to(dtype)
         for group in groups:
             inputs = tokens_in[group.tokens].to(group.dtype)
-            h = group.times(_only(group.kept(layer, inputs), inputs), group.lora_A[name].mT).mul_(group.scaling)
+            kept = group.kept(index, inputs)
+            h = group.times(_only(kept, inputs), group.lora_A[name].mT).mul_(group.scaling)
             group.add_times(tokens_out[group.tokens], h, group.lora_B[name].mT)
-            reduced.append(h)
-        ctx.mark_dirty(output)
-        ctx.save_for_backward(x, *reduced)
-        ctx.layer, ctx.name, ctx.groups = layer, name, groups
-        return output
+            saved += [kept, h]
+        ctx.save_for_backward(*saved)
+        ctx.layer, ctx.name, ctx.groups, ctx.dtype_in = layer, name, groups, x.dtype
+        return tokens_out.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, *reduced = ctx.saved_tensors
-        tokens_in, tokens_out = x.flatten(0, -2), grad_output.flatten(0, -2)
-        grad_x = torch.zeros_like(tokens_in)
-        for group, h in zip(ctx.groups, reduced, strict=True):
-            inputs, g = (tokens[group.tokens].to(group.dtype) for tokens in (tokens_in, tokens_out))
-            kept = group.kept(ctx.layer, inputs)
+        tokens_in, *saved = ctx.saved_tensors
+        grad_out = grad_output.flatten(0, -2)
+        with fast_products(grad_out.device):
+            grad_in = grad_out @ dense_weight(ctx.layer).to(grad_out.dtype)
+        for group, kept, h in zip(ctx.groups, saved[::2], saved[1::2], strict=True):
+            inputs, g = (tokens[group.tokens].to(group.dtype) for tokens in (tokens_in, grad_out))
             grad_h = group.times(g, group.lora_B[ctx.name]).mul_(group.scaling)
             group.add_outer(group.grad_A[ctx.name], grad_h, _only(kept, inputs))
             group.add_outer(group.grad_B[ctx.name], g, h)
-            grad_x[group.tokens] = _only(kept, group.times(grad_h, group.lora_A[ctx.name]))
-        return grad_output, grad_x.view_as(x), None, None, None
+            grad_in[group.tokens] += _only(kept, group.times(grad_h, group.lora_A[ctx.name]))
+        return grad_in.unflatten(0, grad_output.shape[:-1]).to(ctx.dtype_in), None, None, None, None, None
 
 
 def _only(kept: Tensor | None, x: Tensor) -> Tensor:
