@@ -24,7 +24,7 @@ from raylora.cluster import local_devices
 from raylora.config import SearchConfig, load_config
 from raylora.data import load_part, prepare_data
 from raylora.engines import load_packed
-from raylora.generate import Answers, agreement, generate, score
+from raylora.generate import Answers, agreement, bleu_p_value, generate, score
 from raylora.losses import eval_loss
 from raylora.merging import Job, Judge, merge_adapter, open_source
 from raylora.noise import quiet_libraries
@@ -147,6 +147,7 @@ class Examiner(Judge):
                 model, self._bench.unrelated, batch_size=8, pad_token_id=tokenizer.pad_token_id
             )
         same = agreement(self._adapters, answers)
+        facts["bleu_p_value"] = bleu_p_value(self._adapters, answers, list(self._heldout["references"]))
         return {**super().measure(model), **facts, "same_answers": same["answers"], "same_tokens": same["tokens"]}
 
 

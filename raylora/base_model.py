@@ -133,7 +133,7 @@ def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any)
 
 
 def dense_weight(layer: torch.nn.Module) -> torch.Tensor:
-    """(out_features, in_features) weight of a linear layer: as it is, turned round for Conv1D, dequantized from 4 bit."""
+    """(out_features, in_features) weight of a linear layer: turned round for Conv1D, dequantized from 4 bit."""
     weight = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)

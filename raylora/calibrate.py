@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch.nn.functional import linear
 from torch.nn.functional import pad as lengthen
 
+from raylora.cpu import fast_products
 from raylora.data.tokens import IGNORE
 from raylora.errors import MergeError
 from raylora.losses import pad
@@ -62,7 +63,7 @@ def calibrate(
         hooks.append(layer.register_forward_pre_hook(partial(rounding.before, name)))
         hooks.append(layer.register_forward_hook(partial(rounding.after, name)))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_products(adapter.device):
             base.get_decoder()(input_ids=input_ids.repeat(2, 1), use_cache=False)
     finally:
         for hook in hooks:

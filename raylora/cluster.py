@@ -23,6 +23,8 @@ class Devices:
     n_gpus: int
     n_cpus: int
     where: str
+    node_cpus: int
+    """CPU cores of the largest node: no process can have more."""
 
 
 @contextmanager
@@ -57,14 +59,16 @@ def local_ray(devices: Devices) -> Iterator[None]:
 
 def local_devices() -> Devices:
     """This machine's."""
-    return Devices(torch.cuda.device_count(), len(os.sched_getaffinity(0)), "this machine")
+    n_cpus = len(os.sched_getaffinity(0))
+    return Devices(torch.cuda.device_count(), n_cpus, "this machine", node_cpus=n_cpus)
 
 
 def cluster_devices() -> Devices:
     """The connected cluster's, counting GPU nodes that its autoscaler may still add."""
     resources = ray.cluster_resources()
     n_gpus = max(int(resources.get("GPU", 0)), _autoscaled_gpus(Path("~/ray_bootstrap_config.yaml").expanduser()))
-    return Devices(n_gpus, int(resources.get("CPU", 1)), "the cluster")
+    node_cpus = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    return Devices(n_gpus, int(resources.get("CPU", 1)), "the cluster", node_cpus=node_cpus)
 
 
 def _autoscaled_gpus(bootstrap_file: Path) -> int:

@@ -89,7 +89,7 @@ def check_quantization() -> Finding:
 def check_ray() -> Finding:
     """A local Ray instance starts and runs a task."""
     try:
-        with local_ray(Devices(n_gpus=0, n_cpus=1, where="this machine")):
+        with local_ray(Devices(n_gpus=0, n_cpus=1, where="this machine", node_cpus=1)):
             ok = ray.get(ray.remote(_answer).remote(), timeout=60) == 42
     except Exception as failure:  # whatever keeps Ray from starting is the finding
         return Finding(False, f"Ray does not start: {failure}", "see whether a firewall blocks ports on this machine")

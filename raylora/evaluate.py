@@ -18,7 +18,7 @@ from raylora.commands import command, console, run_command
 from raylora.data import load_part
 from raylora.errors import RunDirectoryError
 from raylora.files import write_json
-from raylora.generate import Answers, agreement, generate, score
+from raylora.generate import Answers, agreement, bleu_p_value, generate, score
 from raylora.losses import eval_loss
 from raylora.run_directory import RunDirectory
 from raylora.tables import print_table
@@ -36,7 +36,7 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
 
     Returns:
         `n_rows`, `n_prompts`, `models` (name -> heldout_loss, scores, tokens_per_second), `agreement_with_adapter`
-        (merged model -> shares), `samples`.
+        (merged model -> shares, and `bleu_p_value`), `samples`.
 
     Raises:
         RunDirectoryError: there is no adapter or merged model yet.
@@ -79,7 +79,12 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
         "n_prompts": len(asked),
         "models": models,
         "agreement_with_adapter": {
-            name: agreement(answers["adapter"], mine) for name, mine in answers.items() if name.startswith("merged")
+            name: {
+                **agreement(answers["adapter"], mine),
+                "bleu_p_value": bleu_p_value(answers["adapter"], mine, list(asked["references"])),
+            }
+            for name, mine in answers.items()
+            if name.startswith("merged")
         },
         "samples": _samples(
             asked, tokenizer.batch_decode(list(asked["prompt_ids"])), answers, config.evaluation.n_samples
@@ -112,7 +117,10 @@ def show_evaluation(result: dict[str, Any], screen: Console) -> None:
     if not result["n_prompts"]:
         screen.print("no row has a prompt that generation could start from, so there is a loss only")
     for name, shares in result["agreement_with_adapter"].items():
-        screen.print(f"{name} agrees with adapter in {100 * shares['tokens']:.1f} % of tokens")
+        screen.print(
+            f"{name} agrees with adapter in {100 * shares['tokens']:.1f} % of tokens; p of their difference in BLEU: "
+            f"{shares['bleu_p_value']:.2f}"
+        )
 
 
 if __name__ == "__main__":

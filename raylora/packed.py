@@ -222,7 +222,7 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_h = group.times(g, group.lora_B[ctx.name]).mul_(group.scaling)
             group.add_outer(group.grad_A[ctx.name], grad_h, _only(kept, inputs))
             group.add_outer(group.grad_B[ctx.name], g, h)
-            grad_in[group.tokens] += _only(kept, group.times(grad_h, group.lora_A[ctx.name]))
+            grad_in[group.tokens].add_(_only(kept, group.times(grad_h, group.lora_A[ctx.name])))
         return grad_in.unflatten(0, grad_output.shape[:-1]).to(ctx.dtype_in), None, None, None, None, None
 
 

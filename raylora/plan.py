@@ -41,6 +41,11 @@ class Plan:
 
     tokens_per_pass: int
     threads: int
+    """CPU threads of each lane."""
+
+    node_cpus: int
+    """CPU threads of what runs when the lanes have ended."""
+
     memory: MemoryEstimate
     """Of the largest trials that the space allows."""
 
@@ -82,7 +87,8 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         n_lanes=n_lanes,
         places=plan_places(config, data, on_gpu=on_gpu, n_lanes=n_lanes),
         tokens_per_pass=tokens_per_pass(config.search, on_gpu=on_gpu),
-        threads=max(1, devices.n_cpus // n_lanes),
+        threads=max(1, min(devices.n_cpus // n_lanes, devices.node_cpus)),
+        node_cpus=devices.node_cpus,
         memory=memory,
     )
 

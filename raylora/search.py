@@ -103,7 +103,7 @@ def _finish(run: RunDirectory, plan: Plan, screen: Console) -> None:
     best = save_best_adapter(run)
     screen.print(f"best: trial {best.number}, eval_loss {best.eval_loss:.4f}; adapter in {run.best_adapter}")
     # on a CPU, Ray gives a task as many threads as it asks for CPUs
-    on_device = ray.remote(num_cpus=1, num_gpus=1) if plan.on_gpu else ray.remote(num_cpus=plan.threads)
+    on_device = ray.remote(num_cpus=1, num_gpus=1) if plan.on_gpu else ray.remote(num_cpus=plan.node_cpus)
     for what, step in (("merging into the base", merge_run), ("generating on held-out prompts", evaluate_run)):
         screen.print(f"{what} ...")
         ray.get(on_device(step).remote(run))

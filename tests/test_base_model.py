@@ -7,11 +7,14 @@ import bitsandbytes
 import gguf
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers.pytorch_utils import Conv1D
 
 from raylora import base_model
 from raylora.base_model import (
+    dense_weight,
     find_checkpoint,
     linear_shapes,
     load_base_model,
@@ -139,6 +142,19 @@ def test_target_presets_name_the_modules_of_any_architecture() -> None:
     gpt2 = list(linear_shapes(GPT2Config(n_layer=1, n_embd=64, n_head=4, vocab_size=100)))
     # c_proj stands in both blocks of GPT-2, so that the last part alone would not tell them apart
     assert resolve_target_modules("attention", gpt2) == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
+def test_a_dense_weight_is_what_the_layer_multiplies_by(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = {
+        "linear": lambda: torch.nn.Linear(64, 32, bias=False),
+        "conv1d": lambda: Conv1D(32, 64),
+        "nf4": lambda: Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu"),
+    }[kind]()
+    x = torch.randn(5, 64)
+    # the same float32 sums in another order; Conv1D's bias starts at zero
+    torch.testing.assert_close(x @ dense_weight(layer).float().t(), layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_target_module_names_those_that_exist() -> None:

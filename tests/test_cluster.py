@@ -67,13 +67,13 @@ def test_a_lane_takes_as_many_trials_as_fill_a_pass_and_one_more(
 
 
 def test_lanes_are_as_many_as_devices_and_never_more(make_config) -> None:
-    four = Devices(n_gpus=4, n_cpus=8, where="the cluster")
+    four = Devices(n_gpus=4, n_cpus=8, where="the cluster", node_cpus=8)
     assert plan_lanes(make_config(search={"n_trials": 16}), four) == (True, 4)
     assert plan_lanes(make_config(search={"n_trials": 2}), four) == (True, 2)  # no lane without a trial
     assert plan_lanes(make_config(device="cpu"), four) == (False, 1)
     assert plan_lanes(make_config(search={"lanes": 3, "n_trials": 16}), four) == (True, 3)
     with pytest.raises(DeviceError, match=r"search\.lanes must be at most the 4 GPUs of the cluster, found 5"):
         plan_lanes(make_config(search={"lanes": 5}), four)
-    none = Devices(n_gpus=0, n_cpus=2, where="this machine")
+    none = Devices(n_gpus=0, n_cpus=2, where="this machine", node_cpus=2)
     with pytest.raises(DeviceError, match="device is cuda, and this machine has no GPU"):
         plan_lanes(make_config(device="cuda"), none)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylora.generate import Answers, agreement, generate, score
+from raylora.generate import Answers, agreement, bleu_p_value, generate, score
 
 
 def test_exact_match_takes_any_reference_and_trims() -> None:
@@ -37,6 +37,19 @@ def test_agreement_counts_over_the_longer_answer() -> None:
     one, other = Answers([[1, 2, 3], [4]], ["", ""], 1.0), Answers([[1, 9], [4]], ["", ""], 1.0)
     # first: 1 of 3 positions; second: 1 of 1
     assert agreement(one, other) == {"tokens": 0.5, "answers": 0.5}
+
+
+def test_a_difference_in_bleu_is_told_from_chance() -> None:
+    words = ("cat", "dog", "cow", "hen", "fox", "owl", "bat", "ant")
+    references = [[f"the {word} sat on the mat today", "no"] for word in words]
+    texts = [mine[0] for mine in references]
+    right, wrong = Answers([], texts, 1.0), Answers([], ["a completely different answer altogether"] * 8, 1.0)
+    one_off = Answers([], [*texts[:-1], "the ant sat"], 1.0)
+    # whichever way answers are swapped, the difference is the same: it may be chance
+    assert bleu_p_value(right, right, references) == 1.0
+    assert bleu_p_value(right, one_off, references) == 1.0
+    # of 2^8 ways to swap, only two part them as far; four standard errors of 10,000 draws
+    assert bleu_p_value(right, wrong, references) == pytest.approx(2 / 2**8, abs=0.004)
 
 
 def test_left_padded_batches_answer_as_single_prompts_do(tiny_model: Path) -> None:

@@ -32,7 +32,7 @@ RATES = [1e-4, 2e-4, 3e-4, 5e-3, 1e-3, 1.5e-4, 4e-3, 9e-3]
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    with local_ray(Devices(n_gpus=0, n_cpus=4, where="this test")):
+    with local_ray(Devices(n_gpus=0, n_cpus=4, where="this test", node_cpus=4)):
         yield
 
 
