@@ -87,7 +87,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         n_lanes=n_lanes,
         places=plan_places(config, data, on_gpu=on_gpu, n_lanes=n_lanes),
         tokens_per_pass=tokens_per_pass(config.search, on_gpu=on_gpu),
-        threads=max(1, min(devices.n_cpus // n_lanes, devices.node_cpus)),
+        threads=plan_threads(devices, n_lanes),
         node_cpus=devices.node_cpus,
         memory=memory,
     )
@@ -125,6 +125,11 @@ def plan_places(config: SearchConfig, data: PreparedData, *, on_gpu: bool, n_lan
     smallest = min(_possible(config, "per_device_train_batch_size")) * train.tokens / train.rows
     fill = int(tokens_per_pass(config.search, on_gpu=on_gpu) / smallest) + 1
     return min(fill, share, max(1, ACTORS_PER_CORE * (os.cpu_count() or 1) // n_lanes))
+
+
+def plan_threads(devices: Devices, n_lanes: int) -> int:
+    """CPU threads of each lane: a share of all cores, and no more than a node has."""
+    return max(1, min(devices.n_cpus // n_lanes, devices.node_cpus))
 
 
 def max_steps(config: SearchConfig, data: PreparedData) -> int:

@@ -13,7 +13,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from raylora.cluster import Devices, _autoscaled_gpus
 from raylora.config import SearchConfig
 from raylora.errors import DeviceError
-from raylora.plan import plan_lanes, plan_places
+from raylora.plan import plan_lanes, plan_places, plan_threads
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
@@ -77,3 +77,8 @@ def test_lanes_are_as_many_as_devices_and_never_more(make_config) -> None:
     none = Devices(n_gpus=0, n_cpus=2, where="this machine", node_cpus=2)
     with pytest.raises(DeviceError, match="device is cuda, and this machine has no GPU"):
         plan_lanes(make_config(device="cuda"), none)
+
+
+def test_a_lane_has_no_more_threads_than_a_node() -> None:
+    two_nodes = Devices(n_gpus=0, n_cpus=16, where="the cluster", node_cpus=8)
+    assert [plan_threads(two_nodes, n_lanes) for n_lanes in (1, 2, 4, 32)] == [8, 8, 4, 1]
