@@ -3,6 +3,7 @@
 Run as `python benchmarks/memory.py OUTPUT.json --model MODEL`; MODEL as for `throughput.py`.
 """
 
+import ctypes
 import gc
 import json
 import tempfile
@@ -68,6 +69,8 @@ def main() -> None:
 def peak(engine: TrlEngine, *, n_trials: int, tokens: int) -> float:
     """MiB at most in two steps of so many trials, each with a pass of its own of so many tokens."""
     gc.collect()
+    if engine.model.device.type == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # resident memory would count what glibc keeps of the measurement before
     pack = packed(engine, tokens=1)
     reset_peak_memory()
     trial = TRIAL.model_copy(update={"r": R, "per_device_train_batch_size": tokens // LENGTH})

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from raylora.base_model import compute_dtype
 from raylora.cluster import local_devices
 from raylora.config import BaseModelSection
+from raylora.cpu import fast_products
 from raylora.memory import NF4_BITS
 from raylora.noise import quiet_libraries
 from raylora.training import TrlEngine
@@ -89,7 +90,8 @@ def _peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     on_gpu = device.type == "cuda"
     n = 8192 if on_gpu else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    flops = 2 * n**3 / _seconds(lambda: a @ a, 20, on_gpu)
+    with fast_products(device):
+        flops = 2 * n**3 / _seconds(lambda: a @ a, 20, on_gpu)
     big = torch.empty(2**28, device=device, dtype=torch.uint8)
     other = torch.empty_like(big)
     return flops, 2 * big.numel() / _seconds(lambda: other.copy_(big), 5, on_gpu)

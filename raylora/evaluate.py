@@ -24,6 +24,9 @@ from raylora.run_directory import RunDirectory
 from raylora.tables import print_table
 from raylora.write_model import load_merged
 
+SIGNIFICANCE = 0.05
+"""A difference that chance alone makes as large less often than this is shown as a real one."""
+
 
 @command
 def evaluate(run_directory: Annotated[Path, typer.Argument(help="Folder of a search, merged.")]) -> None:
@@ -117,9 +120,11 @@ def show_evaluation(result: dict[str, Any], screen: Console) -> None:
     if not result["n_prompts"]:
         screen.print("no row has a prompt that generation could start from, so there is a loss only")
     for name, shares in result["agreement_with_adapter"].items():
+        p = shares["bleu_p_value"]
+        difference = result["models"][name]["bleu"] - result["models"]["adapter"]["bleu"]
         screen.print(
-            f"{name} agrees with adapter in {100 * shares['tokens']:.1f} % of tokens; p of their difference in BLEU: "
-            f"{shares['bleu_p_value']:.2f}"
+            f"{name} agrees with adapter in {100 * shares['tokens']:.1f} % of tokens; its BLEU differs by "
+            f"{difference:+.2f}, {'which may be chance' if p >= SIGNIFICANCE else 'more than by chance'} (p = {p:.2f})"
         )
 
 
