@@ -122,9 +122,11 @@ def show_evaluation(result: dict[str, Any], screen: Console) -> None:
     for name, shares in result["agreement_with_adapter"].items():
         p = shares["bleu_p_value"]
         difference = result["models"][name]["bleu"] - result["models"]["adapter"]["bleu"]
+        chance = "which may be chance" if p >= SIGNIFICANCE else "more than by chance"
+        bleu = f"its BLEU differs by {difference:+.2f}, {chance} (p = {p:.2f})"
         screen.print(
-            f"{name} agrees with adapter in {100 * shares['tokens']:.1f} % of tokens; its BLEU differs by "
-            f"{difference:+.2f}, {'which may be chance' if p >= SIGNIFICANCE else 'more than by chance'} (p = {p:.2f})"
+            f"{name} agrees with adapter in {100 * shares['tokens']:.1f} % of tokens; "
+            + ("every answer is the same" if shares["answers"] == 1 else bleu)
         )
 
 
