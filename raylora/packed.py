@@ -55,10 +55,10 @@ class Pack:
         chunk: int = CHUNK,
     ) -> None:
         self.model, self._autocast, self._grouped, self._chunk = model, autocast, grouped, chunk
-        self.shapes: Shapes = {name: _features(model.get_submodule(name)) for name in names}
+        self._layers = {name: model.get_submodule(name) for name in names}
+        self.shapes: Shapes = {name: _features(layer) for name, layer in self._layers.items()}
         self._layout: Layout | None = None
-        self._layers = [model.get_submodule(name) for name in names]
-        for index, (name, layer) in enumerate(zip(names, self._layers, strict=True)):
+        for index, (name, layer) in enumerate(self._layers.items()):
             layer.forward = self._adapted(index, name, layer)
         # without a gradient at its very input, the first layers' products would stay out of the graph
         self._handle = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
@@ -70,7 +70,7 @@ class Pack:
 
     def close(self) -> None:
         """Gives the base back."""
-        for layer in self._layers:
+        for layer in self._layers.values():
             del layer.forward  # the class's own comes back
         self._handle.remove()
         self.model.set_attn_implementation(self._attention_before)
