@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from throughput import LENGTH, TRIAL, load, model_parser, packed
 
-from raylora.base_model import compute_dtype, linear_shapes
-from raylora.config import BaseModelSection
-from raylora.memory import MIB, adapter_parameters, estimate_memory
-from raylora.noise import quiet_libraries
-from raylora.rung import peak_memory_mib, reset_peak_memory
-from raylora.training import TrlEngine
+from raylora.base.load import compute_dtype
+from raylora.base.modules import linear_shapes
+from raylora.config.schema import BaseModelSection
+from raylora.quiet import quiet_libraries
+from raylora.training.memory import MIB, adapter_parameters, estimate_memory, peak_memory_mib, reset_peak_memory
+from raylora.training.trl import TrlEngine
 
 TOKENS = (128, 256, 512)
 TRIALS = (1, 2, 4, 8)

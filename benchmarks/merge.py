@@ -19,20 +19,23 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from raylora.base_model import find_checkpoint, load_tokenizer
-from raylora.cluster import local_devices
-from raylora.config import SearchConfig, load_config
-from raylora.data import load_part, prepare_data
-from raylora.engines import load_packed
-from raylora.generate import Answers, agreement, bleu_p_value, generate, score
-from raylora.losses import eval_loss
-from raylora.merging import Job, Judge, merge_adapter, open_source
-from raylora.noise import quiet_libraries
-from raylora.plan import Plan, make_plan
-from raylora.run_directory import RunDirectory
-from raylora.rung import Report
-from raylora.source import Source
-from raylora.study import Study
+from raylora.base.locate import find_checkpoint, load_tokenizer
+from raylora.config.load import load_config
+from raylora.config.schema import SearchConfig
+from raylora.data.prepare import prepare_data
+from raylora.data.rows import load_part
+from raylora.evaluate.generate import Answers, generate
+from raylora.evaluate.scores import agreement, bleu_p_value, score
+from raylora.merge.layer_reader import LayerReader
+from raylora.merge.select import MergeEvaluator, MergeJob, merge_adapter, open_layers
+from raylora.quiet import quiet_libraries
+from raylora.run.directory import RunDirectory
+from raylora.run.metrics import RungMetrics
+from raylora.search.plan import Plan, make_plan
+from raylora.search.ray.cluster import local_devices
+from raylora.search.sampler import Study
+from raylora.training.choose import load_packed
+from raylora.training.losses import eval_loss
 
 
 def main() -> None:
@@ -80,7 +83,7 @@ class Bench:
     def train(self, n: int) -> list[tuple[Path, dict[str, Any]]]:
         """Trains the first n starting points to the end; returns adapter and assignment of each."""
         engine = load_packed(
-            self.config, tokens_dir=self.plan.data.tokens_dir, cache_dir=self.cache_dir, device=self.device, places=n
+            self.config, tokens_dir=self.plan.data.tokens_dir, cache_dir=self.cache_dir, device=self.device, slots=n
         )
         study, assignments, adapters = Study(self.config), {}, {}
         for number in range(n):
@@ -89,7 +92,7 @@ class Bench:
             engine.add(number, assignments[number], rungs=self.plan.rungs[-1:], directory=directory)
         while engine.trials:
             for number, report in engine.step().items():
-                assert isinstance(report, Report), report
+                assert isinstance(report, RungMetrics), report
                 adapters[number] = Path(report.checkpoint)
                 engine.remove(number)
         engine.close()
@@ -97,7 +100,7 @@ class Bench:
 
     def merge(self, adapter: Path, assignment: dict[str, Any]) -> dict[str, Any]:
         """Merges one adapter in every way."""
-        job = Job(
+        job = MergeJob(
             base=self.config.base_model,
             adapter=adapter,
             outputs={"nf4": self.run.path / "merged"},
@@ -108,7 +111,7 @@ class Bench:
             tokens_dir=self.plan.data.tokens_dir,
             batch_size=self.config.training.per_device_eval_batch_size,
         )
-        update = _strength(open_source(job))
+        update = _strength(open_layers(job))
         result = merge_adapter(job, Examiner(job, self))
         best = result["models"][result["strategy"]]
         return {
@@ -121,17 +124,17 @@ class Bench:
         }
 
 
-class Examiner(Judge):
+class Examiner(MergeEvaluator):
     """Has each model answer the held-out prompts too, and measures its loss on other text."""
 
-    def __init__(self, job: Job, bench: Bench) -> None:
+    def __init__(self, job: MergeJob, bench: Bench) -> None:
         super().__init__(job, bench.tokenizer)
         self._bench = bench
         self._heldout = load_part(bench.plan.data.tokens_dir, "heldout")
         self._adapters: Answers | None = None
 
     def measure(self, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-        """As of `Judge`, and scores."""
+        """As of `MergeEvaluator`, and scores."""
         section, tokenizer = self._bench.config.evaluation, self._bench.tokenizer
         answers = generate(
             model,
@@ -151,10 +154,10 @@ class Examiner(Judge):
         return {**super().measure(model), **facts, "same_answers": same["answers"], "same_tokens": same["tokens"]}
 
 
-def _strength(source: Source) -> float:
+def _strength(reader: LayerReader) -> float:
     """|dW| / |W| over all adapted layers."""
-    update = sum(float((source.target(name)[0] - source.before(name)).square().sum()) for name in source.layers)
-    weight = sum(float(source.before(name).square().sum()) for name in source.layers)
+    update = sum(float((reader.target(name)[0] - reader.base_weight(name)).square().sum()) for name in reader.layers)
+    weight = sum(float(reader.base_weight(name).square().sum()) for name in reader.layers)
     return (update / weight) ** 0.5
 
 

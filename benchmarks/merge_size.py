@@ -16,13 +16,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from throughput import base_section, model_parser
 
-from raylora.base_model import find_checkpoint, load_base_model, load_tokenizer
-from raylora.config import DataSection, MergeSection
-from raylora.data import prepare_data
-from raylora.merging import Job, merge_adapter
-from raylora.noise import quiet_libraries
-from raylora.rung import peak_memory_mib, reset_peak_memory
+from raylora.base.load import load_base_model
+from raylora.base.locate import find_checkpoint, load_tokenizer
+from raylora.config.schema import DataSection, MergeSection
+from raylora.data.prepare import prepare_data
+from raylora.merge.select import MergeJob, merge_adapter
+from raylora.quiet import quiet_libraries
 from raylora.testing import make_rows
+from raylora.training.memory import peak_memory_mib, reset_peak_memory
 
 ROWS = 500
 R, LORA_ALPHA = 16, 0.25
@@ -50,7 +51,7 @@ def main() -> None:
         data = DataSection(train=str(make_rows(folder / "rows.jsonl", ROWS)), validation_size=8, heldout_size=8)
         began = time.perf_counter()
         result = merge_adapter(
-            Job(
+            MergeJob(
                 base=section,
                 adapter=folder / "adapter",
                 outputs={"nf4": folder / "merged"},

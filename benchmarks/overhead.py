@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 
-from raylora.cluster import local_devices
-from raylora.commands import parse_overrides
-from raylora.config import load_config
-from raylora.files import read_json
-from raylora.noise import quiet_libraries
-from raylora.plan import plan_lanes
-from raylora.records import Records, TrialRow
-from raylora.run_directory import RunDirectory
-from raylora.rung import Report
-from raylora.training import TrlEngine
+from raylora.cli.command import parse_overrides
+from raylora.config.load import load_config
+from raylora.quiet import quiet_libraries
+from raylora.run.atomic import read_json
+from raylora.run.directory import RunDirectory
+from raylora.run.metrics import RungMetrics
+from raylora.run.tables import Records, TrialRow
+from raylora.search.plan import plan_lanes
+from raylora.search.ray.cluster import local_devices
+from raylora.training.trl import TrlEngine
 
 SPACE = "search_spaces/demo.yaml"
 SETTINGS = [
@@ -104,7 +104,7 @@ def back_to_back(run: RunDirectory, settings: list[str], trials: list[TrialRow],
     seconds = 0.0
     for trial in trials:
 
-        def report(one: Report, last: int = trial.step) -> bool:
+        def report(one: RungMetrics, last: int = trial.step) -> bool:
             nonlocal seconds
             seconds += one.train_seconds + one.eval_seconds
             return one.step >= last

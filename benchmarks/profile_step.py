@@ -15,13 +15,13 @@ import torch
 from throughput import LENGTH, TRIAL, load, model_parser, packed
 from torch.profiler import ProfilerActivity, profile
 
-from raylora.base_model import compute_dtype
-from raylora.cluster import local_devices
-from raylora.config import BaseModelSection
-from raylora.cpu import fast_products
-from raylora.memory import NF4_BITS
-from raylora.noise import quiet_libraries
-from raylora.training import TrlEngine
+from raylora.base.load import compute_dtype
+from raylora.base.onednn import fast_products
+from raylora.config.schema import BaseModelSection
+from raylora.quiet import quiet_libraries
+from raylora.search.ray.cluster import local_devices
+from raylora.training.memory import NF4_BITS
+from raylora.training.trl import TrlEngine
 
 N_STEPS = 3
 

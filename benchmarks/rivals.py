@@ -34,14 +34,15 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from raylora.cluster import local_devices
-from raylora.config import SearchConfig
-from raylora.noise import quiet_libraries
-from raylora.records import Records
-from raylora.run_directory import RunDirectory
-from raylora.rung import Report
-from raylora.space import Assignment, Suggester
-from raylora.training import TrlEngine
+from raylora.config.assignment import Assignment
+from raylora.config.kinds import Suggester
+from raylora.config.schema import SearchConfig
+from raylora.quiet import quiet_libraries
+from raylora.run.directory import RunDirectory
+from raylora.run.metrics import RungMetrics
+from raylora.run.tables import Records
+from raylora.search.ray.cluster import local_devices
+from raylora.training.trl import TrlEngine
 
 TIMEOUT = 3600
 
@@ -105,7 +106,7 @@ def loop(run: RunDirectory, folder: Path) -> dict[str, Any]:
     def objective(trial: optuna.Trial) -> float:
         losses: list[float] = []
 
-        def report(one: Report) -> bool:
+        def report(one: RungMetrics) -> bool:
             losses.append(one.eval_loss)
             steps[trial.number] = one.step
             trial.report(one.eval_loss, one.step)
@@ -135,7 +136,7 @@ def tune_and_train(run: RunDirectory, folder: Path) -> dict[str, Any]:
         quiet_libraries()
         directory = folder / "checkpoints" / values["name"]
 
-        def report(one: Report) -> bool:
+        def report(one: RungMetrics) -> bool:
             ray.train.report({"eval_loss": one.eval_loss, "step": one.step})
             return False
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from raylora.cluster import local_devices
-from raylora.engines import load_packed
-from raylora.files import read_json
-from raylora.noise import quiet_libraries
-from raylora.records import Records, TrialRow
-from raylora.run_directory import RunDirectory
-from raylora.rung import Report
+from raylora.quiet import quiet_libraries
+from raylora.run.atomic import read_json
+from raylora.run.directory import RunDirectory
+from raylora.run.metrics import RungMetrics
+from raylora.run.tables import Records, TrialRow
+from raylora.search.ray.cluster import local_devices
+from raylora.training.choose import load_packed
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
             "space": space,
             "settings": settings[:-2],
             "engine": lane["engine"],
-            "places": lane["places"],
+            "slots": lane["slots"],
             "trials": len(trials),
             "rungs": run.provenance()["rungs"],
             "reached": {step: sum(row.step == step for row in records.history) for step in run.provenance()["rungs"]},
@@ -113,16 +113,16 @@ def _train_all(run: RunDirectory, trials: list[TrialRow], folder: Path) -> dict[
         tokens_dir=Path(provenance["tokens_dir"]),
         cache_dir=run.cache(config),
         device="cuda:0" if provenance["on_gpu"] else "cpu",
-        places=4,
+        slots=4,
     )
     waiting, losses = list(trials), {}
     while waiting or engine.trials:
-        while waiting and len(engine.trials) < engine.places:
+        while waiting and len(engine.trials) < engine.slots:
             trial = waiting.pop()
             rungs = provenance["rungs"][-1:]
             engine.add(trial.number, trial.assignment(), rungs=rungs, directory=folder / str(trial.number))
         for number, report in engine.step().items():
-            losses[number] = report.eval_loss if isinstance(report, Report) else float("inf")
+            losses[number] = report.eval_loss if isinstance(report, RungMetrics) else float("inf")
             engine.remove(number)
     return losses
 

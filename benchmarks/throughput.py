@@ -19,17 +19,18 @@ import datasets
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from raylora.base_model import compute_dtype, find_checkpoint, linear_shapes, load_base_model, load_tokenizer
-from raylora.batches import TokenRows
-from raylora.config import BaseModelSection, SearchSection, TrainingSection
-from raylora.data.tokens import IGNORE
-from raylora.memory import tokens_per_pass
-from raylora.noise import quiet_libraries
-from raylora.packed_engine import PackedEngine
-from raylora.rung import Report
-from raylora.space import Assignment
+from raylora.base.load import compute_dtype, load_base_model
+from raylora.base.locate import find_checkpoint, load_tokenizer
+from raylora.base.modules import linear_shapes
+from raylora.config.assignment import Assignment
+from raylora.config.schema import BaseModelSection, SearchSection, TrainingSection
+from raylora.data.rows import IGNORE, TokenRows
+from raylora.quiet import quiet_libraries
+from raylora.run.metrics import RungMetrics
 from raylora.testing import make_tiny_model
-from raylora.training import TrlEngine
+from raylora.training.memory import tokens_per_pass
+from raylora.training.packed.engine import PackedEngine
+from raylora.training.trl import TrlEngine
 
 LENGTH = 64
 N_STEPS = 8
@@ -133,7 +134,7 @@ def measure(engine: TrlEngine, tokens: int, packs: list[int], folder: Path) -> d
 
 def trl_seconds(engine: TrlEngine, trial: Assignment, folder: Path) -> float:
     """Of one step, when the first ones are over."""
-    reports: list[Report] = []
+    reports: list[RungMetrics] = []
     engine.fit(
         trial, rungs=[WARM_UP, WARM_UP + N_STEPS], directory=folder, report=lambda report: bool(reports.append(report))
     )

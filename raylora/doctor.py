@@ -15,10 +15,11 @@ import ray
 import torch
 import typer
 
-from raylora.cluster import Devices, local_ray
-from raylora.commands import FAILED, command, console, run_command
-from raylora.memory import MIB
-from raylora.run_directory import PACKAGES
+from raylora.cli.command import FAILED, command, console, run_command
+from raylora.run.provenance import PACKAGES
+from raylora.search.plan import Devices
+from raylora.search.ray.cluster import local_ray
+from raylora.training.memory import MIB
 
 MIN_FREE_GIB = 10
 """Room for a 7B base in NF4 (4 GiB), its merged copy and some checkpoints."""

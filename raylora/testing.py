@@ -12,7 +12,7 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raylora.commands import command, run_command
+from raylora.cli.command import command, run_command
 
 
 @command

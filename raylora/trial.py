@@ -9,14 +9,14 @@ from typing import Annotated
 import torch
 import typer
 
-from raylora.cluster import local_devices
-from raylora.commands import command, console, parse_overrides, run_command
-from raylora.config import load_config
-from raylora.plan import make_plan
-from raylora.run_directory import open_run
-from raylora.rung import Report
-from raylora.study import Study
-from raylora.training import TrlEngine
+from raylora.cli.command import command, console, parse_overrides, run_command
+from raylora.config.load import load_config
+from raylora.run.directory import open_run
+from raylora.run.metrics import RungMetrics
+from raylora.search.plan import make_plan
+from raylora.search.ray.cluster import local_devices
+from raylora.search.sampler import Study
+from raylora.training.trl import TrlEngine
 
 
 @command
@@ -40,7 +40,7 @@ def trial(
     device = "cuda:0" if plan.on_gpu else "cpu"
     engine = TrlEngine.load(config, tokens_dir=plan.data.tokens_dir, cache_dir=run.cache(config), device=device)
 
-    def show(report: Report) -> bool:
+    def show(report: RungMetrics) -> bool:
         screen.print(str(report))
         return False
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from raylora.config import SearchConfig, build_config
-from raylora.noise import quiet_libraries
+from raylora.config.load import build_config
+from raylora.config.schema import SearchConfig
+from raylora.quiet import quiet_libraries
 from raylora.testing import make_rows, make_tiny_model
 
 SPACE = {"r": {"choice": [2, 4]}, "lora_alpha": 8, "lora_dropout": 0.0, "learning_rate": {"loguniform": [1e-4, 1e-2]}}

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from raylora.config import SearchConfig
-from raylora.rung import Report
-from raylora.space import Assignment
+from raylora.config.assignment import Assignment
+from raylora.config.schema import SearchConfig
+from raylora.run.metrics import RungMetrics
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FakeEngine:
         *,
         rungs: list[int],
         directory: Path,
-        report: Callable[[Report], bool],
+        report: Callable[[RungMetrics], bool],
         resume_from: str | None,
     ) -> None:
         if assignment.r == 99:
@@ -69,8 +69,8 @@ class FakeEngine:
                 (self.directory / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def _report(self, assignment: Assignment, step: int, checkpoint: str) -> Report:
-        return Report(
+    def _report(self, assignment: Assignment, step: int, checkpoint: str) -> RungMetrics:
+        return RungMetrics(
             step=step,
             epoch=step / 10,
             eval_loss=1 / (1 + 1000 * assignment.learning_rate) + 1 / step,

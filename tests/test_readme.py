@@ -9,9 +9,9 @@ import pytest
 from ray.scripts.scripts import cli as ray_cli
 from typer.testing import CliRunner
 
-from raylora.cli import app
-from raylora.commands import parse_overrides
-from raylora.config import build_merge_config, load_config
+from raylora.cli.app import app
+from raylora.cli.command import parse_overrides
+from raylora.config.load import build_merge_config, load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,20 +8,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from raylora.config import DataSection
-from raylora.data.layouts import Example
+from raylora.config.schema import DataSection
+from raylora.data.chat import set_chat_template
 from raylora.data.split import PARTS, Parts, read_parts
-from raylora.data.tokens import PartSummary, encode_part
+from raylora.data.tokenize import PartSummary, encode_part
 from raylora.errors import DataError
-from raylora.files import read_json, replacing, write_json
+from raylora.run.atomic import read_json, replacing, write_json
 
 FORMAT = 1
 """Raise it when the cached form changes."""
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_di
         DataError: a source is broken, parts overlap, nothing is left to train on, or a chat template is missing.
     """
     parts = read_parts(data)
-    _set_chat_template(parts.train[0], data, tokenizer)
+    set_chat_template(parts.train[0], data, tokenizer)
     fingerprint = _fingerprint(parts, data, tokenizer)
     tokens_dir = cache_dir / "tokens" / fingerprint
     if not (tokens_dir / "summary.json").is_file():
@@ -83,19 +78,6 @@ def _encode_parts(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenize
         summaries[part] = dataclasses.asdict(summary)
     values = {"parts": summaries, "n_overlapping": parts.n_overlapping, "n_duplicates": parts.n_duplicates}
     write_json(directory / "summary.json", values)
-
-
-def _set_chat_template(example: Example, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
-    if data.chat_template is not None:
-        path = Path(data.chat_template)
-        if data.chat_template != "chatml" and not path.is_file():
-            raise DataError(f"data.chat_template must be `chatml` or a Jinja file, found {data.chat_template}")
-        tokenizer.chat_template = CHATML if data.chat_template == "chatml" else path.read_text(encoding="utf-8")
-    if not isinstance(example.prompt, str) and not tokenizer.chat_template:
-        raise DataError(
-            "conversations need a chat template, and the tokenizer has none; "
-            "set data.chat_template to `chatml` or to a Jinja file"
-        )
 
 
 def _fingerprint(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,6 +11,8 @@ import pyarrow.parquet
 from raylora.errors import DataError
 
 Row = dict[str, Any]
+
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 

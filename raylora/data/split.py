@@ -3,8 +3,8 @@
 import hashlib
 from dataclasses import dataclass
 
-from raylora.config import DataSection
-from raylora.data.layouts import Example, to_examples
+from raylora.config.schema import DataSection
+from raylora.data.formats import Example, to_examples
 from raylora.data.read import read_rows
 from raylora.errors import DataError
 

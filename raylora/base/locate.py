@@ -1,0 +1,143 @@
+"""Turns a Hub id, a local directory or a GGUF file into a frozen base model, quantized once and cached as NF4."""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from filelock import FileLock
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from raylora.config.schema import BaseModelSection
+from raylora.errors import BaseModelError
+from raylora.run.atomic import replacing
+
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def is_gguf(section: BaseModelSection) -> bool:
+    """Whether the base model is a GGUF file."""
+    return section.name.lower().endswith(".gguf")
+
+
+def find_checkpoint(section: BaseModelSection, cache_dir: Path) -> str:
+    """Directory or Hub id of the base in transformers' own format; a GGUF file is converted once, to bfloat16.
+
+    Raises:
+        BaseModelError: the path is missing, holds no weights, or is no readable GGUF file.
+    """
+    path = Path(section.name).expanduser()
+    if is_gguf(section):
+        return str(_converted_gguf(path, cache_dir))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BaseModelError(f"{path} holds no config.json, so it is no model directory of transformers")
+        if not any(next(path.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
+            raise BaseModelError(f"{path} holds no weights: must hold one of {', '.join(WEIGHT_PATTERNS)}")
+        return str(path)
+    if not is_hub_id(section.name):
+        raise BaseModelError(f"base model not found: {section.name} is no directory, GGUF file or Hub id (owner/name)")
+    return section.name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be one of the Hub's, `owner/name`."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def load_model_config(section: BaseModelSection, checkpoint: str) -> PretrainedConfig:
+    """The base's architecture, without its weights."""
+    with hub_errors_explained(section):
+        return AutoConfig.from_pretrained(checkpoint, **source_options(section))
+
+
+def load_tokenizer(section: BaseModelSection, checkpoint: str) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a pad token.
+
+    Where it has none, EOS pads: labels and attention masks are built from lengths, so that no EOS is ever
+    mistaken for padding.
+    """
+    with hub_errors_explained(section):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **source_options(section))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BaseModelError(f"the tokenizer of {section.name} has neither a pad token nor an EOS token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def source_options(section: BaseModelSection) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    if section.revision is not None:
+        options["revision"] = section.revision
+    return options
+
+
+def _converted_gguf(path: Path, cache_dir: Path) -> Path:
+    if not path.is_file():
+        raise BaseModelError(f"base model not found: {path}")
+    directory = cache_dir / "gguf" / digest(*file_state(path))
+    with FileLock(lock_file(directory)):
+        if not directory.is_dir():
+            try:
+                gguf.GGUFReader(path)
+            except Exception as error:  # the reader raises whatever numpy meets in a broken file
+                raise BaseModelError(f"{path} is not a readable GGUF file: {error}") from error
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
+                model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            # transformers keeps the GGUF quantizer on the expanded model, and save_pretrained would call it
+            del model.hf_quantizer, model.quantization_method, model.config.quantization_config
+            model.is_quantized = False
+            with replacing(directory) as temporary:
+                model.to(torch.bfloat16).save_pretrained(temporary)
+                AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(temporary)
+    return directory
+
+
+def lock_file(directory: Path) -> str:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    return f"{directory}.lock"
+
+
+def file_state(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def hub_errors_explained(section: BaseModelSection) -> Iterator[None]:
+    """Turns the Hub's and transformers' errors into one line with the cure."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise BaseModelError(
+            f"{section.name} is gated: accept its licence on its Hub page, then `hf auth login` on every node"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise BaseModelError(
+            f"the Hub has no model {section.name} at revision {section.revision or 'main'} that you may read; "
+            "check the spelling, and `hf auth login` for a private one"
+        ) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, BaseModelError):
+            raise
+        text = str(error)
+        if "gated repo" in text:
+            raise BaseModelError(
+                f"{section.name} is gated: accept its licence on its Hub page, then `hf auth login`"
+            ) from error
+        if "couldn't connect" in text or "offline" in text.lower() or "Connection" in text:
+            raise BaseModelError(
+                f"{section.name} is not in the local Hub cache and the Hub cannot be reached; "
+                "check the network, or give a local directory or GGUF file"
+            ) from error
+        raise BaseModelError(f"{section.name} cannot be loaded: {text.splitlines()[0]}") from error

@@ -1,0 +1,112 @@
+"""Runs a function as a command: typed options, one line per error, exit codes.
+
+0: done. 1: the work failed. 2: the settings, data, model or machine do not allow it to start. 130: interrupted.
+"""
+
+import errno
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from raylora.errors import ConfigError, MergeError, RayloraError, SearchError, TrialError
+from raylora.quiet import quiet_libraries
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Typer context settings for commands that take `--section.key value`."""
+
+
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+
+
+def command(function: Callable[..., Any]) -> Callable[..., None]:
+    """Wraps a command function: quiet libraries, our errors as one line on standard error."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        quiet_libraries()
+        for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, which a shell's background jobs start without
+            signal.signal(number, _interrupt)
+        try:
+            function(*args, **kwargs)
+        except RayloraError as error:
+            _show(getattr(error, "cause", error))  # Ray wraps an error of a task into one with its whole traceback
+            raise typer.Exit(FAILED if isinstance(error, SearchError | TrialError | MergeError) else REFUSED) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _show(error)
+            raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(INTERRUPTED) from error
+
+    return run
+
+
+def run_command(function: Callable[..., None], *, overrides: bool = False) -> None:
+    """What a module does that is started with `python -m`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(context_settings=OVERRIDES if overrides else {})(function)
+    app()
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+    """`--section.key value` and `--section.key=value` as key -> value.
+
+    Raises:
+        ConfigError: an argument is of neither form.
+    """
+    overrides = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            raise ConfigError(f"unexpected argument {argument}; override a setting by --section.key value")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{argument} needs a value")
+            value = rest.pop(0)
+        overrides[key] = value
+    return overrides
+
+
+def split_arguments(first: Path | None, rest: list[str]) -> tuple[Path | None, dict[str, str]]:
+    """An optional first argument and the overrides after it: left out, typer takes the first override for it.
+
+    Raises:
+        ConfigError: as of `parse_overrides`.
+    """
+    if first is not None and str(first).startswith("--"):
+        return None, parse_overrides([str(first), *rest])
+    return first, parse_overrides(rest)
+
+
+def new_folder(path: Path) -> Path:
+    """The folder that a command is to write, as an absolute path.
+
+    Raises:
+        ConfigError: there is something in it, which would be lost.
+    """
+    path = path.expanduser().resolve()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(f"{path} is not empty, and nothing is overwritten; name another folder by --output")
+    return path
+
+
+def console() -> Console:
+    """Standard output; wide where it is no terminal, so that lines are not broken in a log."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+
+
+def _show(error: BaseException) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

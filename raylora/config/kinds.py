@@ -1,0 +1,169 @@
+"""Defines the ways in which a space may name a parameter: fixed, choice, range, or cases of another."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raylora.config.assignment import Value
+from raylora.errors import ConfigError
+
+
+class Suggester(Protocol):
+    """What `optuna.Trial` offers, so that this module needs no Optuna."""
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One value for all trials."""
+
+    value: Value
+    times: str | None = None
+
+    def suggest(self, trial: Suggester, name: str) -> Value:
+        return self.value
+
+    def corners(self) -> list[Value]:
+        return [self.value]
+
+    def contains(self, value: Value) -> bool:
+        return same_value(value, self.value)
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values, without order."""
+
+    values: tuple[Value, ...]
+    times: str | None = None
+
+    def suggest(self, trial: Suggester, name: str) -> Value:
+        return trial.suggest_categorical(name, self.values)
+
+    def corners(self) -> list[Value]:
+        return list(self.values)
+
+    def contains(self, value: Value) -> bool:
+        return any(same_value(value, choice) for choice in self.values)
+
+    def __str__(self) -> str:
+        return f"one of {list(self.values)}"
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number between `low` and `high`, both included; `log` samples its logarithm uniformly."""
+
+    low: float
+    high: float
+    log: bool
+    integer: bool
+    times: str | None = None
+
+    def suggest(self, trial: Suggester, name: str) -> Value:
+        if self.integer:
+            return trial.suggest_int(name, int(self.low), int(self.high), log=self.log)
+        return trial.suggest_float(name, self.low, self.high, log=self.log)
+
+    def corners(self) -> list[Value]:
+        return [int(self.low), int(self.high)] if self.integer else [self.low, self.high]
+
+    def contains(self, value: Value) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"within [{self.low:g}, {self.high:g}]"
+
+
+@dataclass(frozen=True)
+class Cases:
+    """A kind picked by the value of another parameter."""
+
+    depends_on: str
+    cases: tuple[tuple[Value, "Kind"], ...]
+
+    def pick(self, name: str, values: dict[str, Value]) -> "Kind":
+        for value, kind in self.cases:
+            if same_value(values[self.depends_on], value):
+                return kind
+        known = [value for value, _ in self.cases]
+        raise ConfigError(f"space.{name}.cases: no case for {self.depends_on} = {values[self.depends_on]}; has {known}")
+
+
+Kind = Fixed | Choice | Range | Cases
+
+
+def parse_kind(key: str, spec: Any, *, nested: bool = False) -> Kind:
+    if not isinstance(spec, dict):
+        return Fixed(plain_value(spec))
+    spec = dict(spec)
+    times = spec.pop("times", None)
+    if "depends_on" in spec and not nested:
+        if set(spec) != {"depends_on", "cases"} or times or not isinstance(spec["cases"], dict) or not spec["cases"]:
+            raise ConfigError(f"{key}: depends_on takes cases (value -> kind) and nothing else, found {sorted(spec)}")
+        cases = [
+            (value, parse_kind(f"{key}.cases.{value}", case, nested=True)) for value, case in spec["cases"].items()
+        ]
+        return Cases(spec["depends_on"], tuple(cases))
+    kinds = ("choice", "uniform", "loguniform", "int", "logint")
+    if len(spec) != 1 or next(iter(spec)) not in kinds:
+        raise ConfigError(f"{key}: must be a value or one of {', '.join(kinds)}, found {list(spec)}")
+    kind, argument = next(iter(spec.items()))
+    if kind == "choice":
+        if not isinstance(argument, list) or not argument:
+            raise ConfigError(f"{key}.choice: must be a list of one value or more, found {argument!r}")
+        return Choice(tuple(plain_value(value) for value in argument), times)
+    return _parse_range(f"{key}.{kind}", kind, argument, times)
+
+
+def _parse_range(key: str, kind: str, argument: Any, times: str | None) -> Range:
+    integer, log = kind.endswith("int"), kind.startswith("log")
+    allowed = int if integer else (int, float)
+    two = isinstance(argument, list) and len(argument) == 2
+    if not two or not all(isinstance(x, allowed) and not isinstance(x, bool) for x in argument):
+        raise ConfigError(f"{key}: must be two {'whole ' if integer else ''}numbers [low, high], found {argument!r}")
+    low, high = argument
+    if low > high or (log and low <= 0):
+        rule = "0 < low <= high" if log else "low <= high"
+        raise ConfigError(f"{key}: must be [low, high] with {rule}, found {argument!r}")
+    return Range(low, high, log=log, integer=integer, times=times)
+
+
+def required_parameter(kind: Kind) -> str | None:
+    return kind.depends_on if isinstance(kind, Cases) else kind.times
+
+
+def plain_value(value: Any) -> Value:
+    """Lists of module names become one string, since Optuna's choices are plain values."""
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return ",".join(value)
+    if not isinstance(value, bool | int | float | str):
+        raise ConfigError(f"space: a value must be a number, a string, true or false, found {value!r}")
+    return value
+
+
+def multiplied(value: Value, times: str | None, values: dict[str, Value]) -> Value:
+    if times is None:
+        return value
+    other = values[times]
+    if isinstance(value, str) or isinstance(other, str):
+        raise ConfigError(f"space: `times: {times}` needs numbers, found {value!r} and {other!r}")
+    return value * other
+
+
+def quotient(value: Value, other: Value) -> Value:
+    if isinstance(value, str) or isinstance(other, str) or not other:
+        return math.nan
+    return value / other
+
+
+def same_value(one: Value, other: Value) -> bool:
+    if isinstance(one, bool) or isinstance(other, bool) or isinstance(one, str) or isinstance(other, str):
+        return type(one) is type(other) and one == other
+    return math.isclose(one, other, rel_tol=1e-9)

@@ -1,0 +1,138 @@
+"""Turns a search space file and command line values into one frozen, validated `SearchConfig`.
+
+Precedence: the defaults below < the YAML file < `--section.key value` on the command line.
+Importing this module loads neither torch nor Ray.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raylora.config.schema import MergeConfig, SearchConfig, Section
+from raylora.errors import ConfigError
+
+_S = TypeVar("_S", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-4` as text for want of a dot; here it is the number that everyone means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> SearchConfig:
+    """Reads a search space file.
+
+    Args:
+        path: YAML file.
+        overrides: dotted key -> value as typed; values are read as YAML.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key or value breaks a rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"search space file not found: {path}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections (base_model, data, space, ...), found {type(values).__name__}")
+    return _with_absolute_paths(build_config(_changed(values, overrides or {}), source=str(path)))
+
+
+def build_config(values: dict[str, Any], *, source: str) -> SearchConfig:
+    """Validates plain values, e.g. of a resolved config; `source` opens the error message."""
+    return _validated(SearchConfig, values, source)
+
+
+def change_config(config: SearchConfig, overrides: dict[str, str]) -> SearchConfig:
+    """A config with some settings changed, dotted key -> value as typed."""
+    return build_config(_changed(config.model_dump(mode="json"), overrides), source="command line")
+
+
+def build_merge_config(base: str, overrides: dict[str, str]) -> MergeConfig:
+    """Settings of a merge without a search: the base's name, and dotted key -> value as typed."""
+    return _validated(MergeConfig, _changed({"base_model": {"name": base}}, overrides), "command line")
+
+
+def _validated(kind: type[_S], values: dict[str, Any], source: str) -> _S:
+    try:
+        return kind.model_validate(values)
+    except ConfigError:
+        raise
+    except ValidationError as error:
+        lines = [_explain(item, kind) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+
+def _with_absolute_paths(config: SearchConfig) -> SearchConfig:
+    """Files as seen from here, since lanes run in other directories."""
+
+    def absolute(section: Any, *names: str) -> Any:
+        found = {name: Path(getattr(section, name) or "").expanduser() for name in names if getattr(section, name)}
+        return section.model_copy(update={name: str(path.resolve()) for name, path in found.items() if path.exists()})
+
+    return config.model_copy(
+        update={
+            "base_model": absolute(config.base_model, "name"),
+            "data": absolute(config.data, "train", "validation", "heldout", "chat_template"),
+        }
+    )
+
+
+def dump_config(config: SearchConfig) -> str:
+    """The resolved config as YAML that loads to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _changed(values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
+    for key, text in overrides.items():
+        _set(values, key, text)
+    return values
+
+
+def _set(values: dict[str, Any], key: str, text: str) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--{key}: {section} is a value, not a section")
+    try:
+        values[last] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key}: not valid YAML: {text}") from error
+
+
+def _explain(item: Any, kind: type[BaseModel]) -> str:
+    """One pydantic error as `key = value: rule`, with the nearest key for an unknown one."""
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = list(_section(kind, location[:-1]).model_fields)
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{key}: required, but not given"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    rule = item["msg"].replace("Input should be", "must be")
+    return f"{key} = {item['input']!r}: {rule}"
+
+
+def _section(section: type[BaseModel], location: list[str]) -> type[BaseModel]:
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        section = annotation
+    return section

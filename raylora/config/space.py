@@ -1,0 +1,164 @@
+"""Turns the `space` section of a search space file into Optuna suggestions and checked assignments.
+
+Kinds: a plain value (fixed), `choice`, `uniform`, `loguniform`, `int` and `logint` (both ends included).
+`times: other` multiplies the value by another parameter's; `depends_on: other` with `cases` picks a kind by
+another parameter's value.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from raylora.config.assignment import REQUIRED, Assignment, Value, hint
+from raylora.config.kinds import (
+    Cases,
+    Choice,
+    Fixed,
+    Kind,
+    Range,
+    Suggester,
+    multiplied,
+    parse_kind,
+    plain_value,
+    quotient,
+    required_parameter,
+    same_value,
+)
+from raylora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Parameters in an order in which each stands after those it depends on."""
+
+    kinds: dict[str, Kind]
+
+    def suggest(self, trial: Suggester) -> dict[str, Value]:
+        """One value for each parameter, drawn define-by-run from an Optuna trial."""
+        values: dict[str, Value] = {}
+        for name in self.kinds:
+            optuna_name, kind = self._resolve(name, values)
+            values[name] = multiplied(kind.suggest(trial, optuna_name), kind.times, values)
+        return values
+
+    def to_optuna(self, point: dict[str, Value], *, where: str) -> dict[str, Value]:
+        """Parameters under Optuna's names, for `study.enqueue_trial`.
+
+        Args:
+            point: parameter name -> value; parameters left out are sampled.
+            where: opens the error message.
+
+        Raises:
+            ConfigError: a name is not in the space, or a value is outside it.
+        """
+        for name in point:
+            if name not in self.kinds:
+                raise ConfigError(f"{where}: {name} is not in the space{hint(name, self.kinds)}")
+        enqueued: dict[str, Value] = {}
+        for name in [name for name in self.kinds if name in point]:
+            needs = required_parameter(self.kinds[name])
+            if needs and needs not in point:
+                raise ConfigError(f"{where}: {name} depends on {needs}, which the point must name too")
+            optuna_name, kind = self._resolve(name, point)
+            value = plain_value(point[name])
+            if kind.times is not None:
+                value = quotient(value, point[kind.times])
+            if not kind.contains(value):
+                unit = f" times {kind.times}" if kind.times else ""
+                raise ConfigError(f"{where}: {name} = {point[name]} must be {kind}{unit}")
+            if isinstance(kind, Choice):
+                value = next(choice for choice in kind.values if same_value(choice, value))
+            if not isinstance(kind, Fixed):
+                enqueued[optuna_name] = value
+        return enqueued
+
+    def grid(self) -> list[dict[str, Value]]:
+        """Every combination of choices, in the file's order, the last parameter varying fastest.
+
+        Raises:
+            ConfigError: a parameter is a range, or depends on another by cases.
+        """
+        axes: list[list[Value]] = []
+        for name, kind in self.kinds.items():
+            if not isinstance(kind, Fixed | Choice):
+                raise ConfigError(f"space.{name}: sampler grid needs values or choices, found a range or cases")
+            axes.append(kind.corners())
+        points = []
+        for combination in itertools.product(*axes):
+            values: dict[str, Value] = {}
+            for (name, kind), value in zip(self.kinds.items(), combination, strict=True):
+                values[name] = multiplied(value, getattr(kind, "times", None), values)
+            points.append(values)
+        return points
+
+    def _resolve(self, name: str, values: dict[str, Value]) -> tuple[str, Fixed | Choice | Range]:
+        """The name Optuna knows a parameter by, and its kind given the values before it."""
+        kind = self.kinds[name]
+        if isinstance(kind, Cases):
+            picked = kind.pick(name, values)
+            assert not isinstance(picked, Cases)
+            return f"{name}[{values[kind.depends_on]}]", picked
+        return (f"{name}/{kind.times}" if kind.times else name), kind
+
+
+def parse_space(space: dict[str, Any]) -> SearchSpace:
+    """Parses and checks the `space` section.
+
+    Raises:
+        ConfigError: a parameter is unknown, missing, of no known kind, or can leave its range.
+    """
+    if not space:
+        raise ConfigError(f"space: must name {', '.join(REQUIRED)}, found nothing")
+    for name in space:
+        if name not in Assignment.model_fields:
+            raise ConfigError(f"space.{name}: unknown parameter{hint(name, Assignment.model_fields)}")
+    for name in REQUIRED:
+        if name not in space:
+            raise ConfigError(f"space.{name}: required, but not given")
+    kinds = {name: parse_kind(f"space.{name}", spec) for name, spec in space.items()}
+    ordered = SearchSpace(_ordered(kinds))
+    for name, kind in kinds.items():
+        _check_range(name, kind, kinds)
+    return ordered
+
+
+def _ordered(kinds: dict[str, Kind]) -> dict[str, Kind]:
+    """The file's order, but each parameter after the one it needs."""
+    ordered: dict[str, Kind] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            raise ConfigError(f"space: {' -> '.join([*path, name])} depend on each other")
+        needs = required_parameter(kinds[name])
+        if needs is not None:
+            if needs not in kinds:
+                raise ConfigError(f"space.{name}: depends on {needs}, which the space does not name")
+            visit(needs, (*path, name))
+        ordered.setdefault(name, kinds[name])
+
+    for name in kinds:
+        visit(name, ())
+    return ordered
+
+
+def _check_range(name: str, kind: Kind, kinds: dict[str, Kind]) -> None:
+    """Checks the extreme values against the parameter's rule; a value between them cannot break it."""
+    field = Assignment.model_fields[name]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    if isinstance(kind, Cases):
+        for _, case in kind.cases:
+            _check_range(name, case, kinds)
+        return
+    factors: list[Value] = [1]
+    if kind.times is not None:
+        other = kinds[kind.times]
+        factors = [] if isinstance(other, Cases) else other.corners()
+    for value, factor in itertools.product(kind.corners(), factors):
+        scaled = multiplied(value, "factor" if kind.times else None, {"factor": factor})
+        try:
+            adapter.validate_python(scaled)
+        except ValidationError as error:
+            rule = error.errors()[0]["msg"].replace("Input should be", "must be")
+            raise ConfigError(f"space.{name} = {scaled!r}: {rule}") from error

@@ -1,0 +1,24 @@
+"""Checks base, adapter and merged model on the held-out rows, which nothing before has seen.
+
+Run as `python -m raylora.evaluate RUN_DIRECTORY`.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raylora.cli.command import command, console, run_command
+from raylora.evaluate.heldout import evaluate_run
+from raylora.report.evaluation_tables import show_evaluation
+from raylora.run.directory import RunDirectory
+
+
+@command
+def evaluate(run_directory: Annotated[Path, typer.Argument(help="Folder of a search, merged.")]) -> None:
+    """Generate on the held-out prompts with base, adapter and merged model, and score the answers."""
+    show_evaluation(evaluate_run(RunDirectory(run_directory)), console())
+
+
+if __name__ == "__main__":
+    run_command(evaluate)

@@ -1,0 +1,82 @@
+"""Answers prompts greedily, in left-padded batches with a KV cache."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model answered."""
+
+    token_ids: list[list[int]]
+    """Per prompt, without end tokens."""
+
+    texts: list[str]
+    tokens_per_second: float
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Answers:
+    """Answers all prompts, in the order given.
+
+    Args:
+        model: on any device.
+        tokenizer: of the model.
+        prompts: token ids.
+        max_new_tokens: longest answer.
+        batch_size: prompts at once; prompts of like length go together.
+    """
+    model.eval()
+    ends = _end_tokens(model, tokenizer)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    token_ids: list[list[int]] = [[] for _ in prompts]
+    began = time.perf_counter()
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        width = max(len(prompts[index]) for index in batch)
+        input_ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, index in enumerate(batch):
+            prompt = torch.tensor(prompts[index])
+            input_ids[row, width - len(prompt) :] = prompt
+            attention_mask[row, width - len(prompt) :] = 1
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                use_cache=True,
+                eos_token_id=sorted(ends),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
+            token_ids[index] = _until(ids, ends)
+    seconds = time.perf_counter() - began
+    # an end token costs a step too, hence the 1
+    n_tokens = sum(min(len(ids) + 1, max_new_tokens) for ids in token_ids)
+    return Answers(token_ids, tokenizer.batch_decode(token_ids, skip_special_tokens=True), n_tokens / seconds)
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokenizer's EOS, and those that the model's own generation settings name, e.g. an end of turn."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return {token for token in [tokenizer.eos_token_id, *named] if token is not None}
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    return ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))]

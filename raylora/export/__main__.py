@@ -1,0 +1,68 @@
+"""Turns a search's best adapter into a model directory to share, with a model card; and puts it on the Hub if asked.
+
+Run as `python -m raylora.export RUN_DIRECTORY --format nf4|bf16|residual|gguf --output DIR [--push-to-hub OWNER/NAME]`.
+"""
+
+import shutil
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raylora.cli.command import command, console, new_folder, run_command
+from raylora.export.gguf import convert, find_converter
+from raylora.export.hub import push
+from raylora.merge.run import merge_run, save_best_adapter
+from raylora.report.model_card import model_card
+from raylora.run.atomic import replacing, write_text
+from raylora.run.directory import RunDirectory
+
+
+class Format(StrEnum):
+    """What can be exported."""
+
+    nf4 = "nf4"
+    bf16 = "bf16"
+    residual = "residual"
+    gguf = "gguf"
+
+
+@command
+def export(
+    run_directory: Annotated[Path, typer.Argument(help="Folder of a search.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    format: Annotated[Format, typer.Option(help="What to write.")] = Format.nf4,
+    llama_cpp: Annotated[Path | None, typer.Option(help="Checkout of llama.cpp, whose converter gguf needs.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Hub repository to put it in, owner/name.")] = None,
+    private: Annotated[bool, typer.Option(help="Make the Hub repository private.")] = True,
+) -> None:
+    """Write the best adapter's merged model with a model card, and put it on the Hub if asked."""
+    run, output = RunDirectory(run_directory), new_folder(output)
+    converter = find_converter(llama_cpp) if format is Format.gguf else None
+    merged = _merged(run, "bf16" if format is Format.gguf else format.value)
+    with replacing(output) as temporary:
+        if converter is None:
+            shutil.copytree(merged, temporary)
+        else:
+            temporary.mkdir()
+            convert(converter, merged, temporary / "model-bf16.gguf")
+        name = push_to_hub or output.name
+        write_text(temporary / "README.md", model_card(run, format.value, name))
+    console().print(f"written: {output}")
+    if push_to_hub:
+        push(output, push_to_hub, private)
+        console().print(f"on the Hub: {push_to_hub}")
+
+
+def _merged(run: RunDirectory, form: str) -> Path:
+    """The merged model in one form; merged anew where the search did not write that form."""
+    directory = run.merged(form)
+    if not directory.is_dir():
+        save_best_adapter(run)
+        merge_run(run, {"merge.formats": str([*run.config().merge.formats, form])})
+    return directory
+
+
+if __name__ == "__main__":
+    run_command(export)

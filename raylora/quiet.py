@@ -1,0 +1,40 @@
+"""Keeps the libraries' progress bars, log lines and known warnings off the terminal. Our own errors and tables stay."""
+
+import logging
+import os
+import warnings
+
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's new output prints even with verbose=0 (Ray 2.60)
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled by `raylora.search.ray.run`
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run directory holds its own tables
+}
+"""Switches that the libraries read when they are imported. A value that the user has set is kept."""
+
+LOG_LEVELS = {
+    "ray": logging.ERROR,
+    "ray.train": logging.ERROR,
+    "ray.tune": logging.CRITICAL,
+    "transformers": logging.ERROR,
+    "peft": logging.ERROR,
+    "trl": logging.ERROR,
+    "bitsandbytes": logging.ERROR,
+    "datasets": logging.ERROR,
+    "optuna": logging.WARNING,
+}
+"""Logger name -> lowest level that is shown."""
+
+
+def quiet_libraries() -> None:
+    """Set switches, log levels and warning filters; called at the start of a command or worker."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name, level in LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+    warnings.filterwarnings("ignore")

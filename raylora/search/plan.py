@@ -1,0 +1,163 @@
+"""Works out what a search will do before it starts: data, budget, lanes and memory."""
+
+import math
+import os
+from dataclasses import dataclass
+
+from raylora.base.load import compute_dtype, is_quantized
+from raylora.base.locate import find_checkpoint, load_model_config, load_tokenizer
+from raylora.base.modules import linear_shapes, resolve_target_modules
+from raylora.config.kinds import Cases, Choice, Fixed, Kind, Range
+from raylora.config.schema import SearchConfig
+from raylora.data.prepare import PreparedData, prepare_data
+from raylora.errors import DeviceError
+from raylora.run.directory import RunDirectory
+from raylora.training.memory import MemoryEstimate, adapter_parameters, estimate_memory, tokens_per_pass
+
+ACTORS_PER_CORE = 2
+"""Tune keeps an actor for each trial that trains, on the driver's machine; each takes a core for over a second to
+start, and Ray warns of many that start at once."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What the machine or cluster has, or can grow to."""
+
+    n_gpus: int
+    n_cpus: int
+    where: str
+    node_cpus: int
+    """CPU cores of the largest node: no process can have more."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search ready to start."""
+
+    data: PreparedData
+    checkpoint: str
+    commit: str | None
+    rungs: list[int]
+    on_gpu: bool
+    n_lanes: int
+    slots: int
+    """Trials at once on each lane, at most."""
+
+    tokens_per_pass: int
+    threads: int
+    """CPU threads of each lane."""
+
+    node_cpus: int
+    """CPU threads of what runs when the lanes have ended."""
+
+    memory: MemoryEstimate
+    """Of the largest trials that the space allows."""
+
+
+def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan:
+    """Checks model, data, modules and devices, and prepares the token cache.
+
+    Raises:
+        RayloraError: whatever would keep the search from running.
+    """
+    on_gpu, n_lanes = plan_lanes(config, devices)
+    cache_dir = run.cache(config)
+    checkpoint = find_checkpoint(config.base_model, cache_dir)
+    model_config = load_model_config(config.base_model, checkpoint)
+    shapes = linear_shapes(model_config, trust_remote_code=config.base_model.trust_remote_code)
+    targets = [resolve_target_modules(target, list(shapes)) for target in _possible(config, "target_modules")]
+    tokenizer = load_tokenizer(config.base_model, checkpoint)
+    data = prepare_data(config.data, tokenizer, cache_dir)
+    device = "cuda:0" if on_gpu else "cpu"
+    r = max(_possible(config, "r"))
+    memory = estimate_memory(
+        model_config,
+        shapes,
+        n_adapter_parameters=max(adapter_parameters(shapes, names, r) for names in targets),
+        rows=max(_possible(config, "per_device_train_batch_size")),
+        length=min(config.data.max_length, max(part.length_max for part in data.summaries.values())),
+        dtype_bytes=compute_dtype(config.base_model, device).itemsize,
+        nf4=config.base_model.quantization == "nf4" or is_quantized(model_config),
+        double_quant=config.base_model.double_quant,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
+    return Plan(
+        data=data,
+        checkpoint=checkpoint,
+        commit=getattr(model_config, "_commit_hash", None),
+        # a resumed search keeps its rungs, whatever its number of trials is now
+        rungs=run.provenance()["rungs"] if run.provenance_file.is_file() else config.rungs(max_steps(config, data)),
+        on_gpu=on_gpu,
+        n_lanes=n_lanes,
+        slots=plan_places(config, data, on_gpu=on_gpu, n_lanes=n_lanes),
+        tokens_per_pass=tokens_per_pass(config.search, on_gpu=on_gpu),
+        threads=plan_threads(devices, n_lanes),
+        node_cpus=devices.node_cpus,
+        memory=memory,
+    )
+
+
+def plan_lanes(config: SearchConfig, devices: Devices) -> tuple[bool, int]:
+    """Whether lanes use GPUs, and how many lanes there are.
+
+    Raises:
+        DeviceError: a GPU is demanded and there is none, or there are more lanes than devices.
+    """
+    if config.device == "cuda" and not devices.n_gpus:
+        raise DeviceError(f"device is cuda, and {devices.where} has no GPU; `raylora doctor` says what torch sees")
+    on_gpu = config.device != "cpu" and devices.n_gpus > 0
+    wanted = config.search.lanes
+    kind, available = ("GPU", devices.n_gpus) if on_gpu else ("CPU core", devices.n_cpus)
+    if wanted is not None and wanted > available:
+        raise DeviceError(f"search.lanes must be at most the {available} {kind}s of {devices.where}, found {wanted}")
+    default = devices.n_gpus if on_gpu else 1
+    return on_gpu, min(wanted or default, config.n_trials())
+
+
+def plan_places(config: SearchConfig, data: PreparedData, *, on_gpu: bool, n_lanes: int) -> int:
+    """Trials at once on each lane: as asked, or as many as fill a pass through the base, and one more.
+
+    More would not make a pass cheaper; the one more trains while the others wait for what becomes of them at a rung.
+    The lane takes fewer where its memory asks for it, and this machine where it would be busy with Tune's actors.
+    """
+    share = math.ceil(config.n_trials() / n_lanes)
+    if config.search.engine == "trl":
+        return 1
+    if config.search.trials_per_gpu != "auto":
+        return min(config.search.trials_per_gpu, share)
+    train = data.summaries["train"]
+    smallest = min(_possible(config, "per_device_train_batch_size")) * train.tokens / train.rows
+    fill = int(tokens_per_pass(config.search, on_gpu=on_gpu) / smallest) + 1
+    return min(fill, share, max(1, ACTORS_PER_CORE * (os.cpu_count() or 1) // n_lanes))
+
+
+def plan_threads(devices: Devices, n_lanes: int) -> int:
+    """CPU threads of each lane: a share of all cores, and no more than a node has."""
+    return max(1, min(devices.n_cpus // n_lanes, devices.node_cpus))
+
+
+def max_steps(config: SearchConfig, data: PreparedData) -> int:
+    """Full budget of a trial in optimizer steps."""
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps
+    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return math.ceil(training.num_train_epochs * data.summaries["train"].rows / rows_per_step)
+
+
+def _possible(config: SearchConfig, name: str) -> list:
+    """Extreme values that a parameter can take in this search."""
+    kinds = config.search_space().kinds
+    if name not in kinds:
+        value = getattr(config.training, name)
+        return [",".join(value) if isinstance(value, list) else value]
+    return _corners(kinds[name], kinds)
+
+
+def _corners(kind: Kind, kinds: dict[str, Kind]) -> list:
+    if isinstance(kind, Cases):
+        return [value for _, case in kind.cases for value in _corners(case, kinds)]
+    assert isinstance(kind, Fixed | Choice | Range)
+    if kind.times is None:
+        return kind.corners()
+    return [value * other for value in kind.corners() for other in _corners(kinds[kind.times], kinds)]

@@ -1,0 +1,69 @@
+"""Starts a Ray instance of our own or connects to a cluster, and says what devices there are."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import yaml
+
+from raylora.search.plan import Devices
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """A connection to a Ray cluster that is already there."""
+    ray.init(address=address, **QUIET)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def local_ray(devices: Devices) -> Iterator[None]:
+    """A Ray instance of our own on this machine, of which nothing is left afterwards."""
+    # a short private directory: Ray's sockets lie in it, and a socket's path may have 107 characters
+    directory = tempfile.mkdtemp(prefix="raylora-")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=devices.n_cpus,
+            num_gpus=devices.n_gpus,
+            include_dashboard=False,
+            _temp_dir=directory,
+            **QUIET,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def local_devices() -> Devices:
+    """This machine's."""
+    n_cpus = len(os.sched_getaffinity(0))
+    return Devices(torch.cuda.device_count(), n_cpus, "this machine", node_cpus=n_cpus)
+
+
+def cluster_devices() -> Devices:
+    """The connected cluster's, counting GPU nodes that its autoscaler may still add."""
+    resources = ray.cluster_resources()
+    n_gpus = max(int(resources.get("GPU", 0)), _autoscaled_gpus(Path("~/ray_bootstrap_config.yaml").expanduser()))
+    node_cpus = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    return Devices(n_gpus, int(resources.get("CPU", 1)), "the cluster", node_cpus=node_cpus)
+
+
+def _autoscaled_gpus(bootstrap_file: Path) -> int:
+    """GPUs at full size, from the file that `ray up` leaves on the head node; 0 where there is none."""
+    if not bootstrap_file.is_file():
+        return 0
+    types = yaml.safe_load(bootstrap_file.read_text(encoding="utf-8")).get("available_node_types", {})
+    return sum(int(node.get("resources", {}).get("GPU", 0)) * node.get("max_workers", 0) for node in types.values())

@@ -1,0 +1,117 @@
+"""Chooses what trains the trials of a lane: the packed engine where it can serve, else TRL, one trial at a time."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from raylora.base.load import compute_dtype, load_base_model
+from raylora.base.modules import linear_shapes
+from raylora.config.schema import SearchConfig
+from raylora.data.rows import TokenRows, load_part
+from raylora.errors import PackingError
+from raylora.training.memory import MemoryEstimate, free_memory_mib, tokens_per_pass
+from raylora.training.packed.adapter import Adapter
+from raylora.training.packed.engine import PackedEngine
+from raylora.training.packed.layout import MicroBatch
+from raylora.training.trl import TrlEngine
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
+"""Names in transformers of AdamW in 32 bit, which is what a pack uses."""
+
+
+def load_engine(
+    config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str, slots: int, memory: MemoryEstimate
+) -> PackedEngine | TrlEngine:
+    """Loads the base onto a device, and the data.
+
+    Args:
+        config: its `search.engine` may demand one.
+        tokens_dir: token cache.
+        cache_dir: holds converted and quantized bases.
+        device: `cpu` or `cuda:0`.
+        slots: trials at once, at most.
+        memory: what they take; fewer are taken where the device has not that much.
+
+    Raises:
+        PackingError: the packed engine is demanded and cannot serve.
+    """
+    options: dict[str, Any] = {"tokens_dir": tokens_dir, "cache_dir": cache_dir, "device": device}
+    if config.search.engine == "trl":
+        return TrlEngine.load(config, **options)
+    try:
+        return load_packed(config, **options, slots=slots, memory=memory)
+    except PackingError as error:
+        if config.search.engine == "packed":
+            raise
+        return replace(TrlEngine.load(config, **options), reason=str(error))
+
+
+def load_packed(
+    config: SearchConfig,
+    *,
+    tokens_dir: Path,
+    cache_dir: Path,
+    device: str,
+    slots: int,
+    memory: MemoryEstimate | None = None,
+) -> PackedEngine:
+    """The packed engine, once it has shown that it computes what the model computes.
+
+    Raises:
+        PackingError: it cannot serve.
+    """
+    if config.training.optim not in OPTIMIZERS:
+        raise PackingError(f"training.optim is {config.training.optim}, which only TRL's trainer has")
+    base = config.base_model
+    model = load_base_model(base, cache_dir, device)
+    rows = _two_rows(model)
+    expected = _plain_nll(model, rows)
+    dtype = compute_dtype(base, device)
+    on_gpu = device != "cpu"
+    tokens = tokens_per_pass(config.search, on_gpu=on_gpu)
+    if memory is not None:
+        free = free_memory_mib(device) / (1 if on_gpu else config.search.lanes or 1)
+        slots, tokens = memory.fit(free, slots=slots, tokens=tokens)
+    engine = PackedEngine(
+        model,
+        list(linear_shapes(model.config, trust_remote_code=base.trust_remote_code)),
+        TokenRows(load_part(tokens_dir, "train")),
+        TokenRows(load_part(tokens_dir, "validation")),
+        config.training,
+        tokens_per_pass=tokens,
+        slots=slots,
+        autocast=dtype if dtype != torch.float32 else None,
+        grouped=on_gpu,
+    )
+    try:
+        found = engine.pack.nll([MicroBatch(_no_adapter(device), rows, rows)]).item()
+    except Exception as error:  # whatever a model's own code stumbles over when its rows come end to end
+        engine.pack.close()
+        raise PackingError(f"the model cannot be packed: {type(error).__name__}: {error}") from error
+    # bfloat16 has 8 significant bits, and sums are taken in another order
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    if not abs(found - expected) <= tolerance * expected:
+        engine.pack.close()
+        raise PackingError(f"packed, the model's loss on two rows is {found:.6f} and not {expected:.6f}")
+    return engine
+
+
+def _two_rows(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Token ids of two rows of unlike length."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator) for n in (9, 14)]
+
+
+@torch.no_grad()
+def _plain_nll(model: PreTrainedModel, rows: list[torch.Tensor]) -> float:
+    logits = [model(input_ids=row[None].to(model.device), use_cache=False).logits[0, :-1].float() for row in rows]
+    pairs = zip(logits, rows, strict=True)
+    return sum(float(cross_entropy(scores, row[1:].to(scores.device), reduction="sum")) for scores, row in pairs)
+
+
+def _no_adapter(device: str) -> Adapter:
+    return Adapter({}, r=1, scaling=0.0, dropout=0.0, seed=0, device=device)

@@ -1,0 +1,85 @@
+"""Override parsing, the doctor, the console script and a single trial."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from raylora import doctor
+from raylora.cli.app import app
+from raylora.cli.command import parse_overrides, split_arguments
+from raylora.config.load import dump_config
+from raylora.config.schema import SearchConfig
+from raylora.errors import ConfigError
+
+
+def test_both_forms_of_overrides_are_read() -> None:
+    assert parse_overrides(["--a.b", "1", "--c=[1, 2]"]) == {"a.b": "1", "c": "[1, 2]"}
+    assert parse_overrides(["--a", "-3"]) == {"a": "-3"}
+    with pytest.raises(ConfigError, match="--a needs a value"):
+        parse_overrides(["--a"])
+
+
+@pytest.mark.parametrize("name", ["search", "trial", "merge", "evaluate", "report", "export", "doctor"])
+def test_every_step_is_a_subcommand_with_help(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_a_first_argument_may_be_left_out() -> None:
+    assert split_arguments(Path("--a.b"), ["1", "--c", "2"]) == (None, {"a.b": "1", "c": "2"})
+    assert split_arguments(Path("space.yaml"), ["--c", "2"]) == (Path("space.yaml"), {"c": "2"})
+
+
+def test_a_trial_runs_without_ray(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(dump_config(make_config()))
+    command = [
+        sys.executable,
+        "-m",
+        "raylora.trial",
+        tmp_path / "space.yaml",
+        "--output",
+        tmp_path / "run",
+        "--space.r",
+        "3",
+    ]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "assignment: r=3" in result.stdout
+    assert "RungMetrics(step=9" in result.stdout
+    assert (tmp_path / "run" / "trials" / "0000" / "checkpoint-9" / "adapter_model.safetensors").is_file()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    for module in ("merge", "evaluate", "report", "export"):
+        output = ["--output", str(tmp_path / "out")] if module == "export" else []
+        result = subprocess.run(
+            [sys.executable, "-m", f"raylora.{module}", str(tmp_path), *output],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 2
+        assert "is no run directory: it holds no config.yaml" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.ray
+def test_the_doctor_finds_this_machine_fit() -> None:
+    result = subprocess.run([sys.executable, "-m", "raylora.doctor"], capture_output=True, text=True, check=False)
+    assert "ok   bitsandbytes NF4 on" in result.stdout, result.stdout + result.stderr
+    assert "starts and runs a task" in result.stdout
+
+
+def test_the_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "MIN_FREE_GIB", 1e9)
+    finding = doctor.check_disk()
+    assert not finding.ok
+    assert "GiB free" in finding.cure
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert "torch sees no GPU" in doctor.check_gpu().text

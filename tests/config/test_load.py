@@ -1,0 +1,93 @@
+"""Settings: precedence, messages, and every shipped search space file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raylora.config.load import build_config, dump_config, load_config
+from raylora.errors import ConfigError
+
+SPACES = sorted((Path(__file__).parent.parent.parent / "search_spaces").glob("*.yaml"))
+SMOKE = next(path for path in SPACES if path.stem == "smoke")
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_every_shipped_space_loads_and_opens_with_its_command(path: Path) -> None:
+    load_config(path)
+    first = path.read_text().splitlines()[0]
+    assert f"search_spaces/{path.name}" in first or "python -m raylora.search" in first
+
+
+def test_at_least_the_four_promised_spaces_are_shipped() -> None:
+    assert {"smoke", "demo", "qlora", "rank_sweep"} <= {path.stem for path in SPACES}
+
+
+def test_command_line_beats_file_beats_default() -> None:
+    config = load_config(SMOKE, {"training.max_steps": "27", "space.r": "{choice: [1, 64]}"})
+    assert config.training.max_steps == 27  # the file says 9
+    assert config.data.max_length == 64  # the file's; the default is 1024
+    assert config.training.optim == "adamw_torch"  # the default
+    assert config.space["r"] == {"choice": [1, 64]}
+
+
+def test_numbers_like_2e_4_are_numbers() -> None:
+    assert load_config(SMOKE, {"space.learning_rate": "2e-4"}).space["learning_rate"] == 2e-4
+
+
+def test_the_resolved_config_loads_to_the_same_config() -> None:
+    config = load_config(SMOKE)
+    assert build_config(yaml.safe_load(dump_config(config)), source="again") == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("training.max_stps", "3", r"training\.max_stps: unknown key; did you mean max_steps\?"),
+        ("serch.n_trials", "3", r"serch: unknown key; did you mean search\?"),
+        ("training.max_steps", "-3", r"training\.max_steps = -3: must be greater than 0"),
+        ("training.max_steps", "many", r"training\.max_steps = 'many': must be a valid integer"),
+        ("training", "3", r"training = 3: must be a valid dictionary"),
+        ("search.scheduler", "hyperband", r"search\.scheduler = 'hyperband': must be 'asha', 'halving' or 'none'"),
+        ("space.r", "0", r"space\.r = 0: must be greater than or equal to 1"),
+        ("space.r", "{logint: [0, 8]}", r"0 < low <= high, found \[0, 8\]"),
+        ("space.r", "{choice: []}", r"space\.r\.choice: must be a list of one value or more"),
+        ("space.r", "{chioce: [1]}", r"space\.r: must be a value or one of choice, uniform"),
+        ("space.lora_dropout", "1.0", r"space\.lora_dropout = 1\.0: must be less than 1"),
+        ("space.learning_rate", "-1e-4", r"space\.learning_rate = -0\.0001: must be greater than 0"),
+        ("space.learning_rat", "1e-4", r"space\.learning_rat: unknown parameter; did you mean learning_rate\?"),
+        ("space", "{}", r"space: must name r, lora_alpha, lora_dropout, learning_rate, found nothing"),
+        ("space", "{r: 8}", r"space\.lora_alpha: required, but not given"),
+        ("search.sampler", "grid", r"space\.lora_dropout: sampler grid needs values or choices"),
+    ],
+)
+def test_bad_settings_name_key_value_and_rule(key: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(SMOKE, {key: value})
+
+
+def test_a_missing_or_broken_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="search space file not found"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_rungs_grow_by_the_reduction_factor_up_to_the_budget() -> None:
+    assert load_config(SMOKE, {"search.n_trials": "2"}).rungs(27) == [27]
+    assert load_config(SMOKE, {"search.n_trials": "6"}).rungs(27) == [9, 27]
+    nine = load_config(SMOKE, {"search.n_trials": "9"})
+    assert nine.rungs(27) == [3, 9, 27]  # first rung: 27 / 3**2, so that 9, 3 and 1 trials come to them
+    assert nine.rungs(60) == [7, 21, 60]
+    assert load_config(SMOKE, {"search.n_trials": "100"}).rungs(81) == [3, 9, 27, 81]  # no earlier than 1/27
+    assert load_config(SMOKE, {"search.scheduler": "none"}).rungs(27) == [27]
+    with pytest.raises(ConfigError, match=r"search\.grace_period must be at most max_steps = 5, found 9"):
+        load_config(SMOKE, {"search.grace_period": "9"}).rungs(5)
+
+
+def test_importing_config_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, raylora.config; sys.exit(bool({'torch', 'ray', 'optuna'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,190 @@
+"""Reading, layouts and splits, with the message of each thing that can be wrong with a file."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from transformers import AutoTokenizer
+
+from raylora.config.schema import DataSection
+from raylora.data.chat import CHATML
+from raylora.data.formats import to_examples
+from raylora.data.prepare import prepare_data
+from raylora.data.read import read_rows
+from raylora.data.rows import load_part
+from raylora.data.split import read_parts
+from raylora.errors import DataError
+
+ROWS = [{"prompt": f"q{i}", "completion": f" a{i}"} for i in range(20)]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_all_four_formats_give_the_same_rows(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    pa.csv.write_csv(pa.Table.from_pylist(ROWS), tmp_path / "a.csv")
+    pa.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+        assert read_rows(str(tmp_path / name)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", None, r"data file not found: .*none\.jsonl"),
+        ("empty.jsonl", "", r"empty\.jsonl is empty"),
+        ("blank.jsonl", "\n\n", r"blank\.jsonl holds no rows"),
+        ("broken.jsonl", '{"a": 1}\n{"a": \n', r"broken\.jsonl:2: broken JSON"),
+        ("list.jsonl", "[1]\n", r"list\.jsonl:1: must be a JSON object"),
+        ("object.json", '{"a": 1, "b": 2}', r"object\.json: must be a JSON array of objects"),
+        ("file.txt", "x", r"must end in \.jsonl, \.json, \.csv, \.parquet, found \.txt"),
+        ("bad.parquet", "x", r"bad\.parquet is not a readable parquet file"),
+    ],
+)
+def test_unreadable_files_say_where(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(str(tmp_path / name))
+
+
+def test_each_layout_is_told_from_its_columns() -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    cases = {
+        "prompt-completion": ({"prompt": "hi", "completion": "yo"}, "hi", "yo"),
+        "text": ({"text": "<s>[INST] hi [/INST] yo </s>"}, "<s>[INST] hi [/INST]", "yo"),
+        "messages": ({"messages": chat}, tuple(chat[:1]), "yo"),
+        "conversations": (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+            tuple(chat[:1]),
+            "yo",
+        ),
+    }
+    for row, prompt, answer in cases.values():
+        (example,) = to_examples([row], "auto", source="x")
+        assert example.prompt == prompt
+        assert example.references == (answer,)
+    (alpaca,) = to_examples([{"instruction": "add", "input": "1 1", "output": "2"}], "auto", source="x")
+    assert alpaca.prompt.endswith("### Instruction:\nadd\n\n### Input:\n1 1\n\n### Response:\n")
+
+
+@pytest.mark.parametrize(
+    ("rows", "layout", "message"),
+    [
+        ([{"question": "x"}], "auto", r"no known layout has the columns question; known are text: text"),
+        ([ROWS[0], {"prompt": "x"}], "auto", r"row 2 has no completion; its columns: prompt"),
+        ([{"prompt": 3, "completion": "x"}], "auto", r"row 1 is not of layout prompt-completion: prompt must be text"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], "auto", "a conversation needs an assistant message"),
+        ([{"conversations": [{"from": "bot", "value": "x"}]}], "auto", "unknown speaker 'bot'"),
+    ],
+)
+def test_rows_that_fit_no_layout_say_which(rows: list[dict], layout: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        to_examples(rows, layout, source="x")
+
+
+def test_parts_share_no_prompt_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i // 3}", "completion": f" a{i}"} for i in range(60)]  # three rows a prompt
+    train = write(tmp_path / "a.jsonl", rows)
+    data = DataSection(train=train, validation_size=0.2, heldout_size=6)
+    parts = read_parts(data)
+    keys = [{one.key() for one in part} for part in (parts.train, parts.validation, parts.heldout)]
+    assert not (keys[0] & keys[1] or keys[0] & keys[2] or keys[1] & keys[2])
+    assert len(parts.train) + len(parts.validation) + len(parts.heldout) == 60
+    assert len(parts.heldout) == 6
+    shuffled = write(tmp_path / "b.jsonl", rows[::-1])
+    again = read_parts(data.model_copy(update={"train": shuffled}))
+    assert {one.key() for one in again.heldout} == keys[2]
+    other = read_parts(data.model_copy(update={"seed": 1}))
+    assert {one.key() for one in other.heldout} != keys[2]
+
+
+def test_heldout_that_overlaps_train_is_an_error_or_dropped(tmp_path: Path) -> None:
+    train, heldout = write(tmp_path / "t.jsonl", ROWS), write(tmp_path / "h.jsonl", ROWS[:3])
+    data = DataSection(train=train, heldout=heldout)
+    with pytest.raises(DataError, match=r"must share no prompt, found 3 training rows, e\.g\. 'q0'"):
+        read_parts(data)
+    parts = read_parts(data.model_copy(update={"overlap": "drop"}))
+    assert parts.n_overlapping == 3
+    assert len(parts.train) + len(parts.validation) == 17
+
+
+def test_too_few_prompts_to_split_say_so(tmp_path: Path) -> None:
+    train = write(tmp_path / "t.jsonl", [ROWS[0]] * 5)
+    with pytest.raises(DataError, match="cannot split off 1 heldout rows from 5 rows with 1 different prompts"):
+        read_parts(DataSection(train=train))
+
+
+def test_limits_draw_rows_by_seed(tmp_path: Path) -> None:
+    data = DataSection(train=write(tmp_path / "t.jsonl", ROWS), max_train_rows=5)
+    assert len(read_parts(data).train) == 5
+
+
+def test_the_cache_is_keyed_by_rows_and_settings(tmp_path: Path, tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    data = DataSection(train=write(tmp_path / "t.jsonl", ROWS), max_length=16)
+    first = prepare_data(data, tokenizer, tmp_path)
+    state = (first.tokens_dir / "summary.json").stat().st_mtime_ns
+    assert prepare_data(data, tokenizer, tmp_path).tokens_dir == first.tokens_dir
+    assert (first.tokens_dir / "summary.json").stat().st_mtime_ns == state  # not written again
+    longer = prepare_data(data.model_copy(update={"max_length": 32}), tokenizer, tmp_path)
+    assert longer.fingerprint != first.fingerprint
+    write(tmp_path / "t.jsonl", [*ROWS, {"prompt": "new", "completion": " row"}])
+    assert prepare_data(data, tokenizer, tmp_path).fingerprint != first.fingerprint
+
+
+def test_long_rows_are_counted_and_cut_or_dropped(tmp_path: Path, tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = [*ROWS, *({"prompt": f"long{i}", "completion": " word" * 20} for i in range(4))]
+    sizes = {
+        "validation": write(tmp_path / "v.jsonl", [{"prompt": "v", "completion": " v"}]),
+        "heldout_size": 2,
+        "seed": 3,
+    }
+    data = DataSection(train=write(tmp_path / "t.jsonl", rows), max_length=16, **sizes)
+    cut = prepare_data(data, tokenizer, tmp_path)
+    n_long = cut.summaries["train"].n_long
+    assert n_long >= 2
+    assert max(len(ids) for ids in load_part(cut.tokens_dir, "train")["input_ids"]) == 16
+    dropped = prepare_data(data.model_copy(update={"long_rows": "drop"}), tokenizer, tmp_path)
+    assert dropped.summaries["train"].n_dropped == n_long
+    with pytest.raises(DataError, match=r"no row is left after data\.max_length = 8"):
+        prepare_data(
+            data.model_copy(
+                update={"train": write(tmp_path / "l.jsonl", rows[-4:]), "max_length": 8, "long_rows": "drop"}
+            ),
+            tokenizer,
+            tmp_path,
+        )
+
+
+def test_conversations_need_a_chat_template(tmp_path: Path, tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = None
+    chat = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
+        for i in range(20)
+    ]
+    data = DataSection(train=write(tmp_path / "t.jsonl", chat))
+    with pytest.raises(DataError, match=r"needs? a chat template, and the tokenizer has none; set data\.chat_template"):
+        prepare_data(data, tokenizer, tmp_path)
+    prepare_data(data.model_copy(update={"chat_template": "chatml"}), tokenizer, tmp_path)
+    assert tokenizer.chat_template == CHATML
+
+
+@pytest.mark.parametrize("name", ["e2e", "gsm8k"])
+def test_real_data_sets_are_read_as_they_are(name: str, tmp_path: Path) -> None:
+    folder = Path(__file__).parent.parent.parent.parent / "shared" / "data" / name
+    if not folder.is_dir():
+        pytest.skip("the shared data sets are not here")
+    data = DataSection(train=str(folder / "train.jsonl"), heldout=str(folder / "heldout.jsonl"))
+    parts = read_parts(data)
+    assert len(parts.heldout) == sum(1 for _ in (folder / "heldout.jsonl").open())
+    assert parts.n_overlapping == 0

@@ -1,0 +1,80 @@
+"""Tokens and labels equal those that TRL's SFTTrainer prepares for the same rows."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from raylora.data.chat import CHATML
+from raylora.data.formats import to_examples
+from raylora.data.rows import IGNORE
+from raylora.data.tokenize import encode
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+CHAT = [{"role": "user", "content": "say one"}, {"role": "assistant", "content": "one"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "say 1 again:", "completion": " 1 1"},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+        {"text": "say the number and the word again"},
+    ],
+    ids=["prompt-completion", "conversational prompt-completion", "text"],
+)
+def test_tokens_and_labels_equal_trls(
+    row: dict, tokenizer: PreTrainedTokenizerBase, tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer = SFTTrainer(
+        model=LlamaForCausalLM.from_pretrained(tiny_model),
+        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None),
+        train_dataset=datasets.Dataset.from_list([row]),
+        processing_class=tokenizer,
+    )
+    theirs = trainer.train_dataset[0]
+    (example,) = to_examples([row], "auto", source="x")
+    ours = encode(example, tokenizer, completion_only=True)
+    assert ours["input_ids"] == theirs["input_ids"]
+    assert ours["labels"] == theirs["labels"]
+
+
+def test_every_assistant_turn_bears_loss_and_nothing_else(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [*CHAT, {"role": "user", "content": "say two"}, {"role": "assistant", "content": "two"}]
+    (example,) = to_examples([{"messages": turns}], "auto", source="x")
+    encoded = encode(example, tokenizer, completion_only=True)
+    trained = [token for token in encoded["labels"] if token != IGNORE]
+    assert tokenizer.decode(trained) == "one<|im_end|>\ntwo<|im_end|>\n"
+    assert tokenizer.decode(encoded["prompt_ids"]).endswith("say two<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_seed_articles_text_rows_get_one_bos_and_one_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    # mlabonne/guanaco-llama2-1k spells both, and Llama's tokenizer adds a BOS of its own
+    tokenizer.add_bos_token = True
+    bos = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=bos
+    )
+    (example,) = to_examples([{"text": "<s>[INST] hi [/INST] yo </s>"}], "auto", source="x")
+    encoded = encode(example, tokenizer, completion_only=True)
+    assert encoded["input_ids"].count(tokenizer.bos_token_id) == 1
+    assert encoded["input_ids"].count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(encoded["prompt_ids"]) == "<s>[INST] hi [/INST]"
+    assert encoded["labels"] == encoded["input_ids"]  # the whole text is trained on, as in TRL
+
+
+def test_completion_only_can_be_turned_off(tokenizer: PreTrainedTokenizerBase) -> None:
+    (example,) = to_examples([{"prompt": "a", "completion": " b"}], "auto", source="x")
+    encoded = encode(example, tokenizer, completion_only=False)
+    assert encoded["labels"] == encoded["input_ids"]

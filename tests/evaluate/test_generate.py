@@ -1,0 +1,63 @@
+"""Scores by hand, and generation against transformers' own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raylora.evaluate.generate import Answers, generate
+from raylora.evaluate.scores import agreement, bleu_p_value, score
+
+
+def test_exact_match_takes_any_reference_and_trims() -> None:
+    scores = score([" a b ", "c"], [["x", "a b"], ["d"]])
+    assert scores["exact_match"] == 0.5
+
+
+def test_perfect_answers_score_full_marks() -> None:
+    text = "the cat sat on the mat"
+    scores = score([text, text], [[text], [text, "another answer"]])
+    assert scores["bleu"] == pytest.approx(100)
+    assert scores["chrf"] == pytest.approx(100)
+    assert scores["rouge_l"] == pytest.approx(1)
+
+
+def test_rouge_l_by_hand() -> None:
+    # longest common subsequence of "a b c" and "a c d" is "a c": precision 2/3, recall 2/3
+    assert score(["a b c"], [["a c d"]])["rouge_l"] == pytest.approx(2 / 3)
+
+
+def test_numbers_are_compared_as_numbers() -> None:
+    texts = ["so #### 1,200", "#### 3.0", "no answer", "#### 5"]
+    references = [["#### 1200"], ["#### 3"], ["#### 1"], ["#### 6"]]
+    assert score(texts, references, r"#### (.+)")["answer_match"] == 0.5
+
+
+def test_agreement_counts_over_the_longer_answer() -> None:
+    one, other = Answers([[1, 2, 3], [4]], ["", ""], 1.0), Answers([[1, 9], [4]], ["", ""], 1.0)
+    # first: 1 of 3 positions; second: 1 of 1
+    assert agreement(one, other) == {"tokens": 0.5, "answers": 0.5}
+
+
+def test_a_difference_in_bleu_is_told_from_chance() -> None:
+    words = ("cat", "dog", "cow", "hen", "fox", "owl", "bat", "ant")
+    references = [[f"the {word} sat on the mat today", "no"] for word in words]
+    texts = [mine[0] for mine in references]
+    right, wrong = Answers([], texts, 1.0), Answers([], ["a completely different answer altogether"] * 8, 1.0)
+    one_off = Answers([], [*texts[:-1], "the ant sat"], 1.0)
+    # whichever way answers are swapped, the difference is the same: it may be chance
+    assert bleu_p_value(right, right, references) == 1.0
+    assert bleu_p_value(right, one_off, references) == 1.0
+    # of 2^8 ways to swap, only two part them as far; four standard errors of 10,000 draws
+    assert bleu_p_value(right, wrong, references) == pytest.approx(2 / 2**8, abs=0.004)
+
+
+def test_left_padded_batches_answer_as_single_prompts_do(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, pad_token="</s>")
+    prompts = [tokenizer(text).input_ids for text in ("say", "say the number again", "the word")]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=3)
+    for prompt, ids in zip(prompts, answers.token_ids, strict=True):
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=1)
+        assert [token for token in alone[0, len(prompt) :].tolist() if token != 1] == ids

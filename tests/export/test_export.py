@@ -1,0 +1,65 @@
+"""What is exported is whole: a GGUF by llama.cpp's own converter, or an error that says what is missing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import LocalTokenNotFoundError
+
+from raylora.errors import ConfigError, MergeError
+from raylora.export.gguf import CONVERTER, convert, find_converter
+from raylora.export.hub import push
+from raylora.report import model_card as export
+from raylora.report.model_card import licence
+
+
+def test_gguf_needs_llama_cpps_converter(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gguf needs --llama-cpp, a checkout of llama\.cpp that holds convert_hf"):
+        find_converter(tmp_path)
+    (tmp_path / CONVERTER).touch()
+    assert find_converter(tmp_path) == tmp_path / CONVERTER
+
+
+def test_a_failed_conversion_says_why(tmp_path: Path) -> None:
+    script = tmp_path / CONVERTER
+    script.write_text("import sys\nsys.exit('no such architecture')")
+    with pytest.raises(MergeError, match="ended with 1: no such architecture"):
+        convert(script, tmp_path, tmp_path / "model.gguf")
+    script.write_text("import sys, pathlib\npathlib.Path(sys.argv[3]).write_text(' '.join(sys.argv[1:]))")
+    convert(script, tmp_path, tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").read_text().endswith("--outtype bf16")
+
+
+def test_the_licence_is_the_bases_own(tmp_path: Path) -> None:
+    assert licence(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base")
+    assert licence(str(tmp_path)) == "apache-2.0"
+
+
+def test_a_push_makes_a_private_repository_and_says_when_nobody_is_logged_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Hub:
+        def whoami(self) -> None:
+            calls.append(("whoami", None))
+
+        def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
+            calls.append((name, private))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path) -> None:
+            calls.append((repo_id, folder_path))
+
+    monkeypatch.setattr(export, "HfApi", Hub)
+    push(tmp_path, "owner/name", private=True)
+    assert calls == [("whoami", None), ("owner/name", True), ("owner/name", tmp_path)]
+
+    class NobodysHub(Hub):
+        def whoami(self) -> None:
+            raise LocalTokenNotFoundError("Token is required, but no token found.")
+
+    monkeypatch.setattr(export, "HfApi", NobodysHub)
+    with pytest.raises(MergeError, match=r"owner/name could not be put on the Hub: Token is required.*`hf auth login`"):
+        push(tmp_path, "owner/name", private=True)
+    assert len(calls) == 3

@@ -1,0 +1,208 @@
+"""The command as a user types it: end to end, interrupted and resumed, on two nodes, with bad input."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from peft import PeftModel
+from ray.cluster_utils import Cluster
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from raylora.cli.app import app
+from raylora.config.load import dump_config
+from raylora.config.schema import SearchConfig
+from raylora.run.atomic import read_json
+from raylora.run.directory import RunDirectory
+from raylora.run.tables import Records
+
+SPACE = {
+    "r": {"choice": [2, 4]},
+    "lora_alpha": {"choice": [1, 2], "times": "r"},
+    "lora_dropout": 0.0,
+    "learning_rate": {"loguniform": [1e-4, 1e-2]},
+}
+
+
+@pytest.fixture
+def space_file(make_config: Callable[..., SearchConfig], tmp_path: Path) -> Path:
+    config = make_config(
+        space=SPACE,
+        evaluation={"max_new_tokens": 4, "n_samples": 2},
+        merge={"formats": ["nf4", "bf16", "residual"]},
+    )
+    path = tmp_path / "space.yaml"
+    path.write_text(dump_config(config))
+    return path
+
+
+def command(*arguments: object, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "raylora.search", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: int = 240) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output
+
+
+@pytest.mark.ray
+def test_one_command_goes_from_rows_to_a_checked_merged_model(
+    space_file: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    code, output = finish(command(space_file, "--output", run.path))
+    assert code == 0, output
+    records = Records.load(run)
+    assert len(records.trials) == 3
+    assert records.count("running") == 0
+    best = records.best()
+    assert best is not None
+    assert f"best: trial {best.number}" in output
+    assert "Traceback" not in output
+    assert "warn" not in output.lower()
+    # the adapter loads with peft alone
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(run.best_adapter))
+    assert adapter.peft_config["default"].r == best.r
+    assert adapter.peft_config["default"].base_model_name_or_path == str(tiny_model)
+    # the merged model loads with transformers alone, as 4-bit
+    merged = AutoModelForCausalLM.from_pretrained(run.merged("nf4"))
+    assert merged.config.quantization_config.bnb_4bit_quant_type == "nf4"
+    plain = AutoModelForCausalLM.from_pretrained(run.merged("bf16"))
+    assert plain.dtype == torch.bfloat16
+    assert not hasattr(plain.config, "quantization_config")
+    merge = read_json(run.merge_file)
+    assert merge["models"]["adapter"]["eval_loss"] == pytest.approx(best.eval_loss, rel=1e-5)  # float32's rounding
+    assert merge["forms"]["nf4"]["eval_loss"] == merge["models"][merge["strategy"]]["eval_loss"]
+    assert merge["passed"]
+    models = read_json(run.evaluation_file)["models"]
+    assert set(models) == {"base", "adapter", "merged_nf4", "merged_bf16", "merged_residual"}
+    assert all("exact_match" in scores for scores in models.values())
+    report = run.report_file.read_text()
+    for part in ("Best trial", "Held-out check", "Merge", "Rank against loss", "Trials", "Data", "Provenance"):
+        assert f"## {part}" in report
+    # the resolved config is a search space file itself, with the same meaning
+    again = command(run.config_file, "--output", tmp_path / "again", "--dry-run")
+    code, output = finish(again)
+    assert code == 0, output
+    assert "dry run: nothing was started" in output
+    assert not (tmp_path / "again").exists()
+    # each later step runs alone
+    for module in ("merge", "evaluate", "report"):
+        result = subprocess.run(
+            [sys.executable, "-m", f"raylora.{module}", str(run.path)], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        assert "merged_nf4" in result.stdout
+    exported = CliRunner().invoke(app, ["export", str(run.path), "--format", "bf16", "--output", str(tmp_path / "out")])
+    assert exported.exit_code == 0, exported.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("pipeline_tag: text-generation", "## Load", "merged_nf4, reloaded", "exact_match", "Data fingerprint"):
+        assert part in card
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_an_ended_search_is_resumed(how: signal.Signals, space_file: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    # steps enough that it can be caught in the middle
+    many = ("--search.n_trials", 8, "--search.scheduler", "none", "--training.max_steps", 200)
+    arguments = (space_file, "--output", run.path, *many)
+    process = command(*arguments)
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        if run.trials_file.is_file() and Records.load(run).count("finished") >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(how)
+    code, output = finish(process, timeout=60)
+    before = Records.load(run)
+    assert 2 <= before.count("finished") < 8, output
+    if how == signal.SIGINT:
+        assert code == 130, output
+        assert f"--output {run.path} --resume" in output
+        assert "Traceback" not in output
+    refused, message = finish(command(*arguments))
+    assert refused == 2
+    assert "is not empty; `--resume` goes on with it" in message.replace("\n", " ")
+    code, output = finish(command(*arguments, "--resume"))
+    assert code == 0, output
+    after = Records.load(run)
+    assert len(after.trials) == 8
+    assert after.count("finished") == 8
+    for number, trial in before.trials.items():
+        if trial.state == "finished":
+            assert after.trials[number] == trial
+
+
+@pytest.mark.ray
+def test_a_search_uses_both_nodes_of_a_cluster(space_file: Path, tmp_path: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        run = RunDirectory(tmp_path / "run")
+        process = command(
+            space_file,
+            "--output",
+            run.path,
+            "--search.lanes",
+            2,
+            "--search.n_trials",
+            6,
+            "--search.scheduler",
+            "none",
+            "--training.max_steps",
+            400,  # the first lane must not be done before the second is up
+            RAY_ADDRESS=cluster.address,
+        )
+        code, output = finish(process)
+        assert code == 0, output
+        trials = Records.load(run).trials.values()
+        assert {trial.lane for trial in trials} == {"0", "1"}
+        assert all(trial.state == "finished" for trial in trials)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--training.max_stps", "3"], "training.max_stps: unknown key; did you mean max_steps?"),
+        (["--training.target_modules", "query"], "target_modules: no module is named query; the model has down_proj"),
+        (["--base_model.name", "nowhere"], "base model not found: nowhere"),
+        (["--data.train", "none.jsonl"], "data file not found: none.jsonl"),
+        (["--device", "cuda"], "device is cuda, and this machine has no GPU"),
+        (["--search.lanes", "99"], "search.lanes must be at most the"),
+        (["--resume"], "nothing to resume"),
+        (["stray"], "unexpected argument stray"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_starts(
+    arguments: list[str], message: str, space_file: Path, tmp_path: Path
+) -> None:
+    if "cuda" in arguments and Path("/dev/nvidia0").exists():
+        pytest.skip("this machine has a GPU")
+    code, output = finish(command(space_file, "--output", tmp_path / "run", *arguments, CUDA_VISIBLE_DEVICES=""))
+    assert code == 2
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "config.yaml").exists()

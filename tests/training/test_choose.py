@@ -1,0 +1,84 @@
+"""Which engine a lane gets, and what it says when it cannot pack."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from raylora.base.locate import load_tokenizer
+from raylora.config.schema import SearchConfig
+from raylora.data.prepare import prepare_data
+from raylora.errors import PackingError
+from raylora.training import choose as engines
+from raylora.training.choose import load_engine
+from raylora.training.memory import MemoryEstimate
+from raylora.training.packed.engine import PackedEngine
+from raylora.training.trl import TrlEngine
+
+MEMORY = MemoryEstimate(base_mib=1, trial_mib=1, token_mib=0.001, logits_mib=1, micro_batch_tokens=64)
+
+
+def load(config: SearchConfig, tmp_path: Path, memory: MemoryEstimate = MEMORY) -> PackedEngine | TrlEngine:
+    data = prepare_data(config.data, load_tokenizer(config.base_model, config.base_model.name), tmp_path)
+    options = {"tokens_dir": data.tokens_dir, "cache_dir": tmp_path, "device": "cpu"}
+    return load_engine(config, **options, slots=7, memory=memory)
+
+
+def test_packing_is_the_default(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    engine = load(make_config(), tmp_path)
+    assert isinstance(engine, PackedEngine)
+    assert engine.slots == 7
+
+
+def test_one_trial_at_a_time_can_be_asked_for(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    engine = load(make_config(search={"engine": "trl"}), tmp_path)
+    assert isinstance(engine, TrlEngine)
+    assert engine.reason is None
+
+
+def test_what_cannot_be_packed_trains_with_trl_and_says_why(
+    make_config: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    engine = load(make_config(training={"optim": "adafactor"}), tmp_path)
+    assert isinstance(engine, TrlEngine)
+    assert engine.reason == "training.optim is adafactor, which only TRL's trainer has"
+    with pytest.raises(PackingError, match=r"training\.optim is adafactor"):
+        load(make_config(training={"optim": "adafactor"}, search={"engine": "packed"}), tmp_path)
+
+
+def test_a_model_that_cannot_be_packed_is_found_out(
+    make_config: Callable[..., SearchConfig], tiny_model: Path, tmp_path: Path
+) -> None:
+    config = Gemma2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "gemma2" / name).write_bytes((tiny_model / name).read_bytes())
+    engine = load(make_config(base_model={"name": str(tmp_path / "gemma2")}), tmp_path)
+    assert isinstance(engine, TrlEngine)
+    assert (engine.reason or "").startswith("the model cannot be packed: ValueError: `sdpa` attention does not support")
+
+
+def test_a_model_that_computes_something_else_in_a_pack_is_found_out(
+    make_config: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "_plain_nll", lambda model, rows: 1.0)
+    engine = load(make_config(), tmp_path)
+    assert isinstance(engine, TrlEngine)
+    assert "packed, the model's loss on two rows is" in (engine.reason or "")
+
+
+def test_a_pack_takes_no_more_than_there_is_memory_for(
+    make_config: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "free_memory_mib", lambda device: 10.0)
+    # 9 MiB usable, 1 of them for logits, 64 tokens of 0.05 MiB each at least: 4.8 MiB for trials of 2 MiB
+    small = MemoryEstimate(base_mib=1, trial_mib=2, token_mib=0.05, logits_mib=1, micro_batch_tokens=64)
+    engine = load(make_config(), tmp_path, small)
+    assert isinstance(engine, PackedEngine)
+    assert (engine.slots, engine.tokens_per_pass) == (2, 80)
