@@ -26,14 +26,18 @@ from raylora.data.prepare import prepare_data
 from raylora.data.rows import load_part
 from raylora.evaluate.generate import Answers, generate
 from raylora.evaluate.scores import agreement, bleu_p_value, score
+from raylora.merge.evaluator import MergeEvaluator
+from raylora.merge.job import MergeJob
 from raylora.merge.layer_reader import LayerReader
-from raylora.merge.select import MergeEvaluator, MergeJob, merge_adapter, open_layers
+from raylora.merge.select import merge_adapter, open_reader
 from raylora.quiet import quiet_libraries
 from raylora.run.directory import RunDirectory
+from raylora.run.events import Proposed
 from raylora.run.metrics import RungMetrics
+from raylora.run.state import SearchState
 from raylora.search.plan import Plan, make_plan
 from raylora.search.ray.cluster import local_devices
-from raylora.search.sampler import Study
+from raylora.search.sampler import Sampler
 from raylora.training.choose import load_packed
 from raylora.training.losses import eval_loss
 
@@ -85,9 +89,11 @@ class Bench:
         engine = load_packed(
             self.config, tokens_dir=self.plan.data.tokens_dir, cache_dir=self.cache_dir, device=self.device, slots=n
         )
-        study, assignments, adapters = Study(self.config), {}, {}
+        state, assignments, adapters = SearchState(), {}, {}
+        sampler = Sampler(self.config, state)
         for number in range(n):
-            assignments[number] = study.ask()[1]
+            assignments[number], params = sampler.propose(number)
+            state.apply(Proposed(number, assignments[number].model_dump(), params, self.plan.rungs[-1]))
             directory = self.run.trial(number)
             engine.add(number, assignments[number], rungs=self.plan.rungs[-1:], directory=directory)
         while engine.trials:
@@ -111,7 +117,7 @@ class Bench:
             tokens_dir=self.plan.data.tokens_dir,
             batch_size=self.config.training.per_device_eval_batch_size,
         )
-        update = _strength(open_layers(job))
+        update = _strength(open_reader(job))
         result = merge_adapter(job, Examiner(job, self))
         best = result["models"][result["strategy"]]
         return {

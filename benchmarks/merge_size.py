@@ -20,7 +20,8 @@ from raylora.base.load import load_base_model
 from raylora.base.locate import find_checkpoint, load_tokenizer
 from raylora.config.schema import DataSection, MergeSection
 from raylora.data.prepare import prepare_data
-from raylora.merge.select import MergeJob, merge_adapter
+from raylora.merge.job import MergeJob
+from raylora.merge.select import merge_adapter
 from raylora.quiet import quiet_libraries
 from raylora.testing import make_rows
 from raylora.training.memory import peak_memory_mib, reset_peak_memory

@@ -23,7 +23,7 @@ from raylora.quiet import quiet_libraries
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
 from raylora.run.metrics import RungMetrics
-from raylora.run.tables import Records, TrialRow
+from raylora.run.state import SearchState, TrialRow
 from raylora.search.plan import plan_lanes
 from raylora.search.ray.cluster import local_devices
 from raylora.training.trl import TrlEngine
@@ -49,7 +49,7 @@ def main() -> None:
     settings = [*SETTINGS, *extra]
     with tempfile.TemporaryDirectory() as folder:
         run = search(Path(folder) / "warm", settings, N_TRIALS)
-        trials = sorted(Records.load(run).trials.values(), key=lambda trial: trial.number)
+        trials = sorted(SearchState.load(run).trials.values(), key=lambda trial: trial.number)
         lanes = read_json(run.lanes_file)
         lane = lanes["lanes"]["0"]
         on_lane = max(trial.ended_at or 0.0 for trial in trials) - lane["ready_at"]
@@ -57,7 +57,7 @@ def main() -> None:
         alone = back_to_back(run, settings, trials, Path(folder) / "alone")
         cold_process = time_of([sys.executable, "-m", "raylora.trial", SPACE, *settings, "--output", f"{folder}/cold"])
         cold_run = search(Path(folder) / "cold-lane", settings, 1)
-        (cold,) = Records.load(cold_run).trials.values()
+        (cold,) = SearchState.load(cold_run).trials.values()
         result = {
             "date": date.today().isoformat(),
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {lane['device']}",

@@ -40,7 +40,7 @@ from raylora.config.schema import SearchConfig
 from raylora.quiet import quiet_libraries
 from raylora.run.directory import RunDirectory
 from raylora.run.metrics import RungMetrics
-from raylora.run.tables import Records
+from raylora.run.state import SearchState
 from raylora.search.ray.cluster import local_devices
 from raylora.training.trl import TrlEngine
 
@@ -66,11 +66,11 @@ def main() -> None:
         began = time.time()
         subprocess.run(search, check=True, stdout=subprocess.DEVNULL)
         run = RunDirectory(Path(folder) / "run")
-        records = Records.load(run)
-        best = records.best()
+        state = SearchState.load(run)
+        best = state.best()
         assert best is not None
-        seconds = max(trial.ended_at or 0.0 for trial in records.trials.values()) - began
-        steps = sum(trial.step for trial in records.trials.values())
+        seconds = max(trial.ended_at or 0.0 for trial in state.trials.values()) - began
+        steps = sum(trial.step for trial in state.trials.values())
         result: dict[str, Any] = {
             "date": date.today().isoformat(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",

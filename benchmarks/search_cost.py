@@ -23,7 +23,7 @@ from raylora.quiet import quiet_libraries
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
 from raylora.run.metrics import RungMetrics
-from raylora.run.tables import Records, TrialRow
+from raylora.run.state import SearchState, TrialRow
 from raylora.search.ray.cluster import local_devices
 from raylora.training.choose import load_packed
 
@@ -42,9 +42,9 @@ def main() -> None:
         began = time.time()
         subprocess.run(_search(space, settings, f"{folder}/run"), check=True, stdout=subprocess.DEVNULL)
         run = RunDirectory(Path(folder) / "run")
-        records = Records.load(run)
-        trials = list(records.trials.values())
-        best = records.best()
+        state = SearchState.load(run)
+        trials = list(state.trials.values())
+        best = state.best()
         assert best is not None
         search_seconds = max(trial.ended_at or 0.0 for trial in trials) - began
         alone_seconds, alone_loss = _alone(space, settings, best, Path(folder) / "alone")
@@ -58,7 +58,7 @@ def main() -> None:
             "slots": lane["slots"],
             "trials": len(trials),
             "rungs": run.provenance()["rungs"],
-            "reached": {step: sum(row.step == step for row in records.history) for step in run.provenance()["rungs"]},
+            "reached": {step: sum(row.step == step for row in state.history) for step in run.provenance()["rungs"]},
             "search_seconds": search_seconds,
             "of_which_until_the_lane_is_ready": lane["ready_at"] - began,
             "of_which_training": sum(trial.train_seconds or 0.0 for trial in trials),
@@ -66,7 +66,7 @@ def main() -> None:
             "of_which_checkpoints": sum(trial.other_seconds or 0.0 for trial in trials),
             "one_fine_tune_seconds": alone_seconds,
             "search_cost": search_seconds / alone_seconds,
-            "seconds_from_a_report_to_the_next_trial": _gaps(records),
+            "seconds_from_a_report_to_the_next_trial": _gaps(state),
             "eval_loss_of_the_best_in_the_search": best.eval_loss,
             "eval_loss_of_the_same_trial_alone": alone_loss,
         }
@@ -83,10 +83,10 @@ def _search(space: str, settings: list[str], output: str) -> list[str]:
     return [sys.executable, "-m", "raylora.search", space, *settings, "--output", output]
 
 
-def _gaps(records: Records) -> dict[str, float]:
+def _gaps(state: SearchState) -> dict[str, float]:
     """From a report that gave a place up to the start of the next trial there: median and longest."""
-    reports = sorted(row.reported_at for row in records.history)
-    starts = [trial.started_at for trial in records.trials.values() if trial.started_at > reports[0]]
+    reports = sorted(row.reported_at for row in state.history)
+    starts = [trial.started_at for trial in state.trials.values() if trial.started_at > reports[0]]
     gaps = [start - max(at for at in reports if at < start) for start in starts]
     return {"median": statistics.median(gaps), "max": max(gaps)}
 

@@ -1,6 +1,7 @@
-"""Checks machine, GPU, bitsandbytes, Ray and disk, and says how to mend what is wrong.
+"""Checks machine, GPU, bitsandbytes, Ray and disk, and says how to fix what is wrong.
 
-Run as `python -m raylora.doctor`.
+Run as `python -m raylora.doctor`. Each check imports the packages that it needs, so that `raylora --help` waits for
+none of them.
 """
 
 import importlib.metadata
@@ -10,19 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import bitsandbytes
-import ray
-import torch
 import typer
 
 from raylora.cli.command import FAILED, command, console, run_command
 from raylora.run.provenance import PACKAGES
-from raylora.search.plan import Devices
-from raylora.search.ray.cluster import local_ray
-from raylora.training.memory import MIB
+
+GIB = 2**30
+"""Bytes of a GiB."""
+
 
 MIN_FREE_GIB = 10
-"""Room for a 7B base in NF4 (4 GiB), its merged copy and some checkpoints."""
+"""Least free disk space: a 7B base in NF4 (4 GiB), its merged copy and some checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,18 @@ class Finding:
     """Result of one check."""
 
     ok: bool
+    """False if the finding keeps a search from running."""
+
     text: str
+    """Finding in one line."""
+
     cure: str = ""
+    """Way to fix it; empty if there is nothing to fix."""
 
 
 @command
 def doctor() -> None:
-    """Check what a search needs; exit code 1 if something would keep it from running."""
+    """Check what a search needs. The exit code is 1 if something would keep it from running."""
     screen = console()
     findings = [check() for check in CHECKS]
     for finding in findings:
@@ -48,22 +52,24 @@ def doctor() -> None:
 
 
 def check_python() -> Finding:
-    """Python 3.11 or newer."""
+    """Check that Python is 3.11 or newer."""
     ok = sys.version_info >= (3, 11)
     return Finding(ok, f"Python {sys.version.split()[0]}", "" if ok else "install Python 3.11 or newer")
 
 
 def check_packages() -> Finding:
-    """The packages that were tested together."""
+    """List the versions of the packages that a search depends on."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return Finding(True, versions)
 
 
 def check_gpu() -> Finding:
-    """A GPU is not needed; one that torch cannot use is worth a word."""
+    """Check that torch can use the GPU, if there is one. A search needs none."""
+    import torch  # noqa: PLC0415
+
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        names = ", ".join(f"{device.name} ({device.total_memory / MIB / 1024:.0f} GiB)" for device in devices)
+        names = ", ".join(f"{device.name} ({device.total_memory / GIB:.0f} GiB)" for device in devices)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         cure = "" if bf16 else "no bfloat16 on this GPU: set base_model.compute_dtype to float16"
         return Finding(True, f"GPU: {names}", cure)
@@ -75,7 +81,10 @@ def check_gpu() -> Finding:
 
 
 def check_quantization() -> Finding:
-    """bitsandbytes quantizes and dequantizes on the device that trains."""
+    """Check that bitsandbytes quantizes to NF4 and back on the device that trains."""
+    import bitsandbytes  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
     try:
@@ -88,7 +97,12 @@ def check_quantization() -> Finding:
 
 
 def check_ray() -> Finding:
-    """A local Ray instance starts and runs a task."""
+    """Check that a local Ray instance starts and runs a task."""
+    import ray  # noqa: PLC0415
+
+    from raylora.search.plan import Devices  # noqa: PLC0415
+    from raylora.search.ray.cluster import local_ray  # noqa: PLC0415
+
     try:
         with local_ray(Devices(n_gpus=0, n_cpus=1, where="this machine", node_cpus=1)):
             ok = ray.get(ray.remote(_answer).remote(), timeout=60) == 42
@@ -98,8 +112,8 @@ def check_ray() -> Finding:
 
 
 def check_disk() -> Finding:
-    """Room for bases, checkpoints and merged models."""
-    free = shutil.disk_usage(Path.cwd()).free / MIB / 1024
+    """Check the free disk space for bases, checkpoints and merged models."""
+    free = shutil.disk_usage(Path.cwd()).free / GIB
     ok = free >= MIN_FREE_GIB
     return Finding(ok, f"{free:.0f} GiB free in {Path.cwd()}", "" if ok else f"make at least {MIN_FREE_GIB} GiB free")
 
@@ -112,9 +126,11 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_ray,
     check_disk,
 )
+"""Checks in the order of the output."""
 
 
 def _answer() -> int:
+    """Return the result of the task that Ray runs."""
     return 42
 
 

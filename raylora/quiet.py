@@ -26,7 +26,6 @@ LOG_LEVELS = {
     "trl": logging.ERROR,
     "bitsandbytes": logging.ERROR,
     "datasets": logging.ERROR,
-    "optuna": logging.WARNING,
 }
 """Logger name -> lowest level that is shown."""
 

@@ -7,23 +7,34 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raylora.cli.command import command, run_command
 
 
 @command
-def make(directory: Annotated[Path, typer.Argument(help="Receives model/ and rows.jsonl.")]) -> None:
+def make(directory: Annotated[Path, typer.Argument(help="Folder for model/ and rows.jsonl.")]) -> None:
     """Write a tiny random model and 64 rows."""
     make_tiny_model(directory / "model")
     make_rows(directory / "rows.jsonl")
 
 
 def make_tiny_model(directory: Path, *, chat_template: str | None = None, seed: int = 0) -> Path:
-    """Saves a Llama of 2 layers and width 64 with a byte-level tokenizer of 300 tokens; about 500 KiB."""
+    """Save a random Llama of 2 layers and width 64 with a byte-level tokenizer of 300 tokens, about 500 KiB.
+
+    Args:
+        directory: folder for the model.
+        chat_template: Jinja template of the tokenizer; None gives it none.
+        seed: seed of the weights.
+
+    Returns:
+        The directory.
+    """
+    # these load torch, which makes the command's help wait
+    import torch  # noqa: PLC0415
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: PLC0415
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -56,7 +67,11 @@ def make_tiny_model(directory: Path, *, chat_template: str | None = None, seed: 
 
 
 def make_rows(path: Path, n: int = 64) -> Path:
-    """Saves rows of `prompt` and `completion`, no two prompts alike."""
+    """Save n rows of `prompt` and `completion` as JSONL, with n different prompts.
+
+    Returns:
+        The path.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"prompt": f"say {number} again:", "completion": f" {number} {number}"} for number in range(n)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

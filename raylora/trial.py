@@ -1,4 +1,4 @@
-"""Trains one assignment in this process, without Ray: the debugger's way into training.
+"""Trains one assignment in this process without Ray, for a debugger.
 
 Run as `python -m raylora.trial SPACE.yaml [--output DIR] [--section.key value ...]`.
 """
@@ -6,17 +6,13 @@ Run as `python -m raylora.trial SPACE.yaml [--output DIR] [--section.key value .
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from raylora.cli.command import command, console, parse_overrides, run_command
 from raylora.config.load import load_config
 from raylora.run.directory import open_run
 from raylora.run.metrics import RungMetrics
-from raylora.search.plan import make_plan
-from raylora.search.ray.cluster import local_devices
-from raylora.search.sampler import Study
-from raylora.training.trl import TrlEngine
+from raylora.run.state import SearchState
 
 
 @command
@@ -24,9 +20,17 @@ def trial(
     context: typer.Context,
     space: Annotated[Path, typer.Argument(help="Search space file.")],
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints. [default: results/trial-NAME]")] = None,
-    resume_from: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    resume_from: Annotated[Path | None, typer.Option(help="Checkpoint to continue from.")] = None,
 ) -> None:
-    """Train one assignment: the search's first, or with e.g. --space.r 8 one drawn from the changed space."""
+    """Train the first assignment of the search. With e.g. --space.r 8, draw it from the changed space."""
+    # these load torch and Ray, which `raylora --help` must not wait for
+    import torch  # noqa: PLC0415
+
+    from raylora.search.plan import make_plan  # noqa: PLC0415
+    from raylora.search.ray.cluster import local_devices  # noqa: PLC0415
+    from raylora.search.sampler import Sampler  # noqa: PLC0415
+    from raylora.training.trl import TrlEngine  # noqa: PLC0415
+
     overrides = parse_overrides(context.args)
     if any(key.startswith("space") for key in overrides):
         overrides.setdefault("starting_points", "[]")
@@ -35,19 +39,20 @@ def trial(
     run = open_run(output or Path("results") / f"trial-{space.stem}", config, resume=resume_from is not None)
     plan = make_plan(config, run, local_devices())
     torch.set_num_threads(plan.threads)
-    number, assignment = Study(config).ask()
+    assignment, _ = Sampler(config, SearchState()).propose(0)
     screen.print(f"assignment: {assignment}")
     device = "cuda:0" if plan.on_gpu else "cpu"
     engine = TrlEngine.load(config, tokens_dir=plan.data.tokens_dir, cache_dir=run.cache(config), device=device)
 
     def show(report: RungMetrics) -> bool:
+        """Print the metrics of a rung, and never stop the trial."""
         screen.print(str(report))
         return False
 
     engine.fit(
         assignment,
         rungs=plan.rungs,
-        directory=run.trial(number),
+        directory=run.trial(0),
         report=show,
         resume_from=str(resume_from) if resume_from else None,
     )

@@ -1,4 +1,4 @@
-"""Reads and writes model checkpoints tensor by tensor, so that no more than one shard is ever in memory."""
+"""Reads and writes model checkpoints tensor by tensor, so that at most one shard is in memory."""
 
 import json
 import re
@@ -17,29 +17,30 @@ from raylora.errors import MergeError
 from raylora.run.atomic import write_json
 
 SHARD_BYTES = 2 * 2**30
-"""Size of a shard that is written."""
+"""Largest shard to write, in bytes. Our choice: a merge keeps one shard in memory."""
 
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+"""File patterns of weights and their indexes, as transformers names them."""
 
 
 _STATE = re.compile(r"(?<=\.weight)\..+")
-"""What bitsandbytes appends to the name of a quantized weight: `.absmax`, `.quant_map` and the like."""
+"""Suffix that bitsandbytes appends to the name of a quantized weight: `.absmax`, `.quant_map` and the like."""
 
 
 class Checkpoint:
-    """A model directory whose tensors are read one at a time, by the names that they have in the model."""
+    """A model directory whose tensors are read one at a time, under their names in the model."""
 
     def __init__(self, directory: Path, names: Collection[str], prefix: str) -> None:
-        """Opens a directory.
+        """Open a directory without reading its tensors.
 
         Args:
-            directory: holds safetensors or pytorch_model*.bin.
-            names: of the model's parameters.
-            prefix: the model's `base_model_prefix`, which some checkpoints leave out.
+            directory: holds *.safetensors or pytorch_model*.bin.
+            names: parameter names in the model.
+            prefix: `base_model_prefix` of the model, which some checkpoints leave out of the names.
 
         Raises:
-            MergeError: it holds no weights.
+            MergeError: the directory holds no weights.
         """
         self.directory = directory
         self._readers: dict[str, Callable[[], torch.Tensor]] = {}
@@ -56,24 +57,28 @@ class Checkpoint:
     def _add(
         self, stored: Iterable[str], read: Callable[[str], torch.Tensor], names: Collection[str], prefix: str
     ) -> None:
+        """Map each stored name to the parameter's name in the model."""
         for name in stored:
             possible = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
             in_model = next((one for one in possible if _STATE.sub("", one) in names), name)
             self._readers[in_model] = partial(read, name)
 
     def weights(self) -> list[str]:
-        """All parameters, in the order of the files; a quantized weight's scales belong to it and are not named."""
+        """Return the names of all parameters in file order, without the scales of quantized weights."""
         return [name for name in self._readers if not _STATE.search(name)]
 
     def is_quantized(self, name: str) -> bool:
-        """Whether a parameter has scales of its own."""
+        """Return True if the parameter is quantized, so that scales are stored beside it."""
         return f"{name}.absmax" in self._readers
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """A parameter and, if it is quantized, the scales that belong to it, on the CPU.
+        """Read one parameter and, if it is quantized, its scales.
+
+        Returns:
+            Stored name -> tensor, on the CPU.
 
         Raises:
-            MergeError: there is none of that name.
+            MergeError: no parameter has that name.
         """
         if name not in self._readers:
             raise MergeError(f"{self.directory} has no tensor {name}, which the adapter updates: is this its base?")
@@ -81,19 +86,23 @@ class Checkpoint:
         return {one: self._readers[one]() for one in (name, *state)}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One parameter that is not quantized, on the CPU."""
+        """Read one unquantized parameter, on the CPU.
+
+        Raises:
+            MergeError: no parameter has that name.
+        """
         return self.tensors(name)[name]
 
     def has(self, name: str) -> bool:
-        """Whether there is a parameter of that name."""
+        """Return True if the checkpoint stores a parameter of that name."""
         return name in self._readers
 
     def size(self) -> int:
-        """Bytes of the weights on disk."""
+        """Return the size of the weights on disk, in bytes."""
         return sum(file.stat().st_size for pattern in WEIGHTS for file in self.directory.glob(pattern))
 
     def copy_rest(self, directory: Path) -> None:
-        """Copies every file but the weights: config, tokenizer, generation settings, licence."""
+        """Copy every file except the weights: config, tokenizer, generation settings, licence."""
         weights = {file for pattern in WEIGHTS for file in self.directory.glob(pattern)}
         for file in sorted(self.directory.iterdir()):
             if file.is_file() and file not in weights and not file.name.startswith("."):
@@ -101,13 +110,13 @@ class Checkpoint:
 
 
 def local_directory(checkpoint: str, revision: str | None) -> Path:
-    """A checkpoint's files on this machine; a Hub id is looked up in the Hub cache, and downloaded if need be."""
+    """Return the local directory of a checkpoint. Take a Hub id from the Hub cache, or download it."""
     path = Path(checkpoint)
     return path if path.is_dir() else Path(snapshot_download(checkpoint, revision=revision))
 
 
 class ShardWriter:
-    """Writes safetensors shards of bounded size and their index, as transformers reads them."""
+    """Writer of safetensors shards of bounded size and of the index that transformers reads."""
 
     def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self._directory, self._shard_bytes = directory, shard_bytes
@@ -116,7 +125,7 @@ class ShardWriter:
         self._total_bytes = 0
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Adds tensors that belong together, and so go into one shard."""
+        """Add tensors that must share a shard, such as a quantized weight and its scales."""
         new = sum(tensor.nbytes for tensor in tensors.values())
         if self._shard and sum(tensor.nbytes for tensor in self._shard.values()) + new > self._shard_bytes:
             self._flush()
@@ -124,7 +133,7 @@ class ShardWriter:
         self._total_bytes += new
 
     def close(self) -> None:
-        """Writes what is left, names the shards and, if they are several, writes the index."""
+        """Write the last shard, give the shards their final names, and write the index of several shards."""
         self._flush()
         n = len(self._written)
         if n == 1:
@@ -139,17 +148,19 @@ class ShardWriter:
         write_json(self._directory / "model.safetensors.index.json", index)
 
     def _flush(self) -> None:
+        """Write the current shard under a temporary name."""
         if self._shard:
             self._written.append(list(self._shard))
             save_file(self._shard, self._file(len(self._written)), metadata={"format": "pt"})
             self._shard = {}
 
     def _file(self, number: int) -> Path:
+        """Return the temporary name of a shard, since the final one holds the number of shards."""
         return self._directory / f"shard-{number}.tmp"
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
-    """Changes keys of a model's `config.json`; a key set to None is removed."""
+    """Change keys of a model's `config.json`. Remove a key whose value is None."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8")) | changes
     removed = {key for key, value in changes.items() if value is None}
     write_json(directory / "config.json", {key: value for key, value in config.items() if key not in removed})

@@ -22,22 +22,26 @@ from raylora.run.atomic import replacing
 
 
 def compute_dtype(section: BaseModelSection, device: str) -> torch.dtype:
-    """Type of activations and of expanded weights: as set, else bfloat16 on a GPU and float32 on a CPU."""
+    """Return the dtype of activations and dequantized weights.
+
+    Returns:
+        The dtype that the config sets; for `auto`, bfloat16 on a GPU and float32 on a CPU.
+    """
     if section.compute_dtype != "auto":
         return getattr(torch, section.compute_dtype)
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
 def load_base_model(section: BaseModelSection, cache_dir: Path, device: str) -> PreTrainedModel:
-    """The frozen base on one device: NF4 from the cache (quantized first if need be), or unquantized.
+    """Load the frozen base onto one device, in NF4 or unquantized as the config says.
 
     Args:
-        section: which model, and how.
-        cache_dir: holds converted and quantized bases.
+        section: the base model, its quantization and its dtype.
+        cache_dir: holds converted and quantized bases. An NF4 base that is missing there is quantized first.
         device: `cpu` or `cuda:0`.
 
     Raises:
-        BaseModelError: it cannot be found or loaded.
+        BaseModelError: the base cannot be found or loaded.
     """
     dtype = compute_dtype(section, device)
     checkpoint = find_checkpoint(section, cache_dir)
@@ -52,33 +56,50 @@ def load_base_model(section: BaseModelSection, cache_dir: Path, device: str) -> 
 
 
 def nf4_checkpoint(section: BaseModelSection, cache_dir: Path, device: str) -> str:
-    """Directory or Hub id of the base in NF4: as it is where it is quantized already, else from the cache."""
+    """Return the directory or Hub id of the base in NF4.
+
+    Returns:
+        The base itself if its checkpoint is quantized; else its NF4 copy in the cache, which is made if it is missing.
+
+    Raises:
+        BaseModelError: the base cannot be found or loaded.
+    """
     checkpoint = find_checkpoint(section, cache_dir)
     with hub_errors_explained(section):
         if is_quantized(load_model_config(section, checkpoint)):
             return checkpoint
-        return str(_quantized(section, checkpoint, cache_dir, device))
+        return str(_quantize_once(section, checkpoint, cache_dir, device))
 
 
 def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """What any user of transformers would do: `from_pretrained` on one device, in evaluation mode."""
+    """Load a checkpoint by `from_pretrained`, as any user of transformers would, in evaluation mode.
+
+    Args:
+        checkpoint: directory or Hub id.
+        device: `cpu` or `cuda:0`.
+        dtype: dtype of the unquantized parameters.
+        options: further arguments of `from_pretrained`.
+    """
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map={"": device}, **options).eval()
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weight at the first forward in evaluation mode,
-            # for a bfloat16 kernel without a backward pass: from then on training gets no gradient through the layer.
-            # See docs/design.md, "The CPU kernel that stops training".
+            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weight at the first forward in evaluation mode.
+            # The repacked weight needs a bfloat16 kernel that has no backward pass, so training would get no gradient
+            # through the layer. See docs/design.md, "The CPU kernel that stops training".
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 def is_quantized(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint is quantized already, so that no 16-bit original is at hand."""
+    """Return True if the checkpoint itself is quantized, so that no 16-bit original exists."""
     return getattr(config, "quantization_config", None) is not None
 
 
 def nf4_config(section: BaseModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's 4-bit settings (arXiv:2305.14314, sections 2 and 3)."""
+    """Return QLoRA's 4-bit settings for transformers.
+
+    Source: Dettmers et al. 2023, "QLoRA", sections 2 and 3 (arXiv:2305.14314).
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -87,7 +108,8 @@ def nf4_config(section: BaseModelSection, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
-def _quantized(section: BaseModelSection, checkpoint: str, cache_dir: Path, device: str) -> Path:
+def _quantize_once(section: BaseModelSection, checkpoint: str, cache_dir: Path, device: str) -> Path:
+    """Return the cached NF4 copy of a base. Quantize it first if it is missing."""
     dtype = compute_dtype(section, device)
     config = load_model_config(section, checkpoint)
     commit = getattr(config, "_commit_hash", None) or section.revision

@@ -1,4 +1,4 @@
-"""Turns a Hub id, a local directory or a GGUF file into a frozen base model, quantized once and cached as NF4."""
+"""Finds the base model: turns a Hub id, a local directory or a GGUF file into a checkpoint and a tokenizer."""
 
 import contextlib
 import hashlib
@@ -18,22 +18,27 @@ from raylora.errors import BaseModelError
 from raylora.run.atomic import replacing
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+"""File patterns of weights, as transformers names them."""
 
 
 def is_gguf(section: BaseModelSection) -> bool:
-    """Whether the base model is a GGUF file."""
+    """Return True if the base model is a GGUF file."""
     return section.name.lower().endswith(".gguf")
 
 
 def find_checkpoint(section: BaseModelSection, cache_dir: Path) -> str:
-    """Directory or Hub id of the base in transformers' own format; a GGUF file is converted once, to bfloat16.
+    """Return the directory or Hub id of the base in transformers' format.
+
+    Args:
+        section: the base model.
+        cache_dir: holds converted bases. A GGUF file is converted once, to bfloat16.
 
     Raises:
         BaseModelError: the path is missing, holds no weights, or is no readable GGUF file.
     """
     path = Path(section.name).expanduser()
     if is_gguf(section):
-        return str(_converted_gguf(path, cache_dir))
+        return str(_convert_gguf_once(path, cache_dir))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BaseModelError(f"{path} holds no config.json, so it is no model directory of transformers")
@@ -46,21 +51,36 @@ def find_checkpoint(section: BaseModelSection, cache_dir: Path) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be one of the Hub's, `owner/name`."""
+    """Return True if the name has the form of a Hub id, `owner/name`."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def load_model_config(section: BaseModelSection, checkpoint: str) -> PretrainedConfig:
-    """The base's architecture, without its weights."""
+    """Load the base's architecture without its weights.
+
+    Args:
+        section: the base model.
+        checkpoint: from `find_checkpoint`.
+
+    Raises:
+        BaseModelError: the config cannot be found or loaded.
+    """
     with hub_errors_explained(section):
         return AutoConfig.from_pretrained(checkpoint, **source_options(section))
 
 
 def load_tokenizer(section: BaseModelSection, checkpoint: str) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a pad token.
+    """Load the base's tokenizer, with a pad token.
 
-    Where it has none, EOS pads: labels and attention masks are built from lengths, so that no EOS is ever
-    mistaken for padding.
+    If the tokenizer has no pad token, EOS becomes the pad token. This is safe: labels and attention masks come from
+    row lengths, so no EOS is taken for padding.
+
+    Args:
+        section: the base model.
+        checkpoint: from `find_checkpoint`.
+
+    Raises:
+        BaseModelError: the tokenizer cannot be loaded, or has neither a pad token nor EOS.
     """
     with hub_errors_explained(section):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **source_options(section))
@@ -72,13 +92,15 @@ def load_tokenizer(section: BaseModelSection, checkpoint: str) -> PreTrainedToke
 
 
 def source_options(section: BaseModelSection) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say where a base comes from: revision and remote code."""
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
     if section.revision is not None:
         options["revision"] = section.revision
     return options
 
 
-def _converted_gguf(path: Path, cache_dir: Path) -> Path:
+def _convert_gguf_once(path: Path, cache_dir: Path) -> Path:
+    """Return the cached bfloat16 copy of a GGUF file. Convert the file first if the copy is missing."""
     if not path.is_file():
         raise BaseModelError(f"base model not found: {path}")
     directory = cache_dir / "gguf" / digest(*file_state(path))
@@ -86,11 +108,11 @@ def _converted_gguf(path: Path, cache_dir: Path) -> Path:
         if not directory.is_dir():
             try:
                 gguf.GGUFReader(path)
-            except Exception as error:  # the reader raises whatever numpy meets in a broken file
+            except Exception as error:  # the reader passes on whatever numpy raises for a broken file
                 raise BaseModelError(f"{path} is not a readable GGUF file: {error}") from error
-            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
+            with contextlib.redirect_stderr(io.StringIO()):  # the loader's progress bar has no switch
                 model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            # transformers keeps the GGUF quantizer on the expanded model, and save_pretrained would call it
+            # transformers keeps the GGUF quantizer on the dequantized model, and save_pretrained would call it
             del model.hf_quantizer, model.quantization_method, model.config.quantization_config
             model.is_quantized = False
             with replacing(directory) as temporary:
@@ -100,22 +122,25 @@ def _converted_gguf(path: Path, cache_dir: Path) -> Path:
 
 
 def lock_file(directory: Path) -> str:
+    """Return the path of the lock that guards a cache directory. Make the parent directory."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     return f"{directory}.lock"
 
 
 def file_state(path: Path) -> tuple[str, int, int]:
+    """Return a file's path, size in bytes and modification time in ns: a cheap key for its content."""
     stat = path.stat()
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns
 
 
 def digest(*parts: object) -> str:
+    """Return 16 hexadecimal digits that stand for the parts, as the name of a cache directory."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def hub_errors_explained(section: BaseModelSection) -> Iterator[None]:
-    """Turns the Hub's and transformers' errors into one line with the cure."""
+    """Turn errors of the Hub and of transformers into a `BaseModelError` of one line with the cure."""
     try:
         yield
     except GatedRepoError as error:

@@ -1,4 +1,4 @@
-"""Names the linear layers of a base and those that an adapter targets."""
+"""Lists the linear layers of a base and those that an adapter targets."""
 
 import bitsandbytes
 import torch
@@ -9,7 +9,14 @@ from raylora.errors import ConfigError
 
 
 def dense_weight(layer: torch.nn.Module) -> torch.Tensor:
-    """(out_features, in_features) weight of a linear layer: turned round for Conv1D, dequantized from 4 bit."""
+    """Return the weight of a linear layer as a dense matrix.
+
+    Args:
+        layer: `Linear`, bitsandbytes' `Linear4bit` (dequantized here), or GPT-2's `Conv1D` (transposed here).
+
+    Returns:
+        (out_features, in_features), in the layer's dtype.
+    """
     weight = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -17,7 +24,15 @@ def dense_weight(layer: torch.nn.Module) -> torch.Tensor:
 
 
 def linear_shapes(config: PretrainedConfig, *, trust_remote_code: bool = False) -> dict[str, tuple[int, int]]:
-    """Module name -> (in_features, out_features) of every linear layer that peft can adapt, but for the output head."""
+    """Return the shapes of all linear layers that peft can adapt, except the output head.
+
+    Args:
+        config: the base's architecture; no weights are needed.
+        trust_remote_code: run model code that the base carries.
+
+    Returns:
+        Module name -> (in_features, out_features), in the model's order.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     head = model.get_output_embeddings()
@@ -33,17 +48,17 @@ def linear_shapes(config: PretrainedConfig, *, trust_remote_code: bool = False) 
 
 
 def resolve_target_modules(targets: str, names: list[str]) -> list[str]:
-    """Module names for peft's `target_modules`.
+    """Return the module names for peft's `target_modules`.
 
     Args:
         targets: `all-linear`, `attention`, `mlp`, or module names joined by commas.
         names: full names of the linear layers, from `linear_shapes`.
 
     Returns:
-        Last parts of the names where they tell the chosen modules apart, else full names.
+        The last part of each name if that selects exactly the chosen modules, else full names.
 
     Raises:
-        ConfigError: no module has a name asked for.
+        ConfigError: no module has one of the given names.
     """
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
     if targets == "all-linear":
@@ -53,18 +68,25 @@ def resolve_target_modules(targets: str, names: list[str]) -> list[str]:
     elif targets == "mlp":
         chosen = [name for name in names if not ("attn" in name or "attention" in name)]
     else:
-        wanted = targets.split(",")
-        unknown = [want for want in wanted if not any(name == want or name.endswith(f".{want}") for name in names)]
+        given = targets.split(",")
+        unknown = [one for one in given if not any(name == one or name.endswith(f".{one}") for name in names)]
         if unknown:
             raise ConfigError(
                 f"target_modules: no module is named {', '.join(unknown)}; the model has {', '.join(leaves)}"
             )
-        return wanted
+        return given
     short = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     others = {name.rsplit(".", 1)[-1] for name in names if name not in set(chosen)}
     return chosen if others & set(short) else short
 
 
 def is_target(name: str, targets: list[str]) -> bool:
-    """Whether a module is one of those that `resolve_target_modules` chose, by the rule of peft."""
+    """Return True if the module is among `targets`.
+
+    Args:
+        name: full name of a module.
+        targets: from `resolve_target_modules`.
+
+    Source: the name matching of peft 0.21, `check_target_module_exists` in peft/tuners/tuners_utils.py.
+    """
     return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -1,4 +1,4 @@
-"""Defines the hyperparameters that one trial may vary, and their bounds."""
+"""Defines the hyperparameters that a trial may vary, and their bounds."""
 
 import difflib
 from typing import Annotated, Any, Literal
@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 Value = bool | int | float | str
+"""Value of one hyperparameter. Optuna's categorical choices allow no lists."""
 
 
 class Assignment(BaseModel):
-    """The values one trial is allowed to vary. Names follow peft and transformers."""
+    """Hyperparameters of one trial. Names follow peft and transformers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -17,7 +18,7 @@ class Assignment(BaseModel):
     """Adapter rank, >= 1."""
 
     lora_alpha: Annotated[float, Field(gt=0)]
-    """Numerator of the adapter's scaling, > 0."""
+    """LoRA alpha, > 0: numerator of the adapter's scaling."""
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     """Drop probability on the adapter input, in [0, 1)."""
@@ -26,36 +27,37 @@ class Assignment(BaseModel):
     """Peak learning rate of AdamW, in (0, 1]."""
 
     target_modules: str
-    """`all-linear`, `attention`, `mlp`, or module names joined by commas."""
+    """Modules to adapt: `all-linear`, `attention`, `mlp`, or names joined by commas."""
 
     use_rslora: bool
-    """Scale by alpha/sqrt(r) instead of alpha/r."""
+    """True to scale by alpha/sqrt(r) instead of alpha/r (rsLoRA, arXiv:2312.03732)."""
 
     weight_decay: Annotated[float, Field(ge=0)]
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW, >= 0."""
 
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
-    """Share of the budget spent raising the learning rate from 0."""
+    """Share of the full budget in which the learning rate rises from 0, in [0, 1)."""
 
     lr_scheduler_type: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
     ]
-    """Schedule by its name in transformers."""
+    """Learning rate schedule, by its name in transformers."""
 
     per_device_train_batch_size: PositiveInt
-    """Rows per forward pass."""
+    """Rows per micro-batch, >= 1."""
 
     gradient_accumulation_steps: PositiveInt
-    """Forward passes per optimizer step."""
+    """Micro-batches per optimizer step, >= 1."""
 
     seed: Annotated[int, Field(ge=0)]
-    """Seed of adapter initialisation, dropout and row order."""
+    """Seed of adapter initialisation, dropout and row order, >= 0."""
 
 
 REQUIRED = ("r", "lora_alpha", "lora_dropout", "learning_rate")
-"""Parameters that every space names."""
+"""Hyperparameters that every search space must name."""
 
 
 def hint(name: str, known: Any) -> str:
+    """Return the end of an error message for an unknown name: the closest known name, or all known names."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Defines the ways in which a space may name a parameter: fixed, choice, range, or cases of another."""
+"""Defines the kinds of search space parameters: a fixed value, a choice, a range, or cases of another parameter."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from raylora.errors import ConfigError
 
 
 class Suggester(Protocol):
-    """What `optuna.Trial` offers, so that this module needs no Optuna."""
+    """The part of `optuna.Trial` that draws values, so that this module needs no Optuna."""
 
     def suggest_categorical(self, name: str, choices: Any) -> Any: ...
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
@@ -22,14 +22,18 @@ class Fixed:
 
     value: Value
     times: str | None = None
+    """Name of the parameter whose value multiplies this one."""
 
     def suggest(self, trial: Suggester, name: str) -> Value:
+        """Return the value; Optuna is not asked."""
         return self.value
 
     def corners(self) -> list[Value]:
+        """Return the value as the only extreme value."""
         return [self.value]
 
     def contains(self, value: Value) -> bool:
+        """Return True if the value is the fixed one."""
         return same_value(value, self.value)
 
     def __str__(self) -> str:
@@ -38,18 +42,22 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values, without order."""
+    """A choice of one of several values, without order."""
 
     values: tuple[Value, ...]
     times: str | None = None
+    """Name of the parameter whose value multiplies this one."""
 
     def suggest(self, trial: Suggester, name: str) -> Value:
+        """Draw one of the values."""
         return trial.suggest_categorical(name, self.values)
 
     def corners(self) -> list[Value]:
+        """Return all values."""
         return list(self.values)
 
     def contains(self, value: Value) -> bool:
+        """Return True if the value is one of the choices."""
         return any(same_value(value, choice) for choice in self.values)
 
     def __str__(self) -> str:
@@ -58,23 +66,31 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """A number between `low` and `high`, both included; `log` samples its logarithm uniformly."""
+    """A number between `low` and `high`, both included."""
 
     low: float
     high: float
     log: bool
+    """True to sample the logarithm uniformly."""
+
     integer: bool
+    """True to sample whole numbers."""
+
     times: str | None = None
+    """Name of the parameter whose value multiplies this one."""
 
     def suggest(self, trial: Suggester, name: str) -> Value:
+        """Draw a number."""
         if self.integer:
             return trial.suggest_int(name, int(self.low), int(self.high), log=self.log)
         return trial.suggest_float(name, self.low, self.high, log=self.log)
 
     def corners(self) -> list[Value]:
+        """Return both ends."""
         return [int(self.low), int(self.high)] if self.integer else [self.low, self.high]
 
     def contains(self, value: Value) -> bool:
+        """Return True if the value is a number within the range."""
         return isinstance(value, int | float) and self.low <= value <= self.high
 
     def __str__(self) -> str:
@@ -83,12 +99,22 @@ class Range:
 
 @dataclass(frozen=True)
 class Cases:
-    """A kind picked by the value of another parameter."""
+    """A parameter whose kind depends on the value of another parameter."""
 
     depends_on: str
     cases: tuple[tuple[Value, "Kind"], ...]
+    """Value of the other parameter, and the kind that it picks."""
 
     def pick(self, name: str, values: dict[str, Value]) -> "Kind":
+        """Return the kind of the case that applies.
+
+        Args:
+            name: name of this parameter, for the error message.
+            values: values of the parameters drawn so far.
+
+        Raises:
+            ConfigError: the other parameter has a value without a case.
+        """
         for value, kind in self.cases:
             if same_value(values[self.depends_on], value):
                 return kind
@@ -97,9 +123,20 @@ class Cases:
 
 
 Kind = Fixed | Choice | Range | Cases
+"""Kind of a parameter in the search space."""
 
 
 def parse_kind(key: str, spec: Any, *, nested: bool = False) -> Kind:
+    """Turn one entry of the `space` section into a kind.
+
+    Args:
+        key: key of the entry in the config, for error messages.
+        spec: value of the entry, as read from YAML.
+        nested: True inside `cases`, which cannot hold further cases.
+
+    Raises:
+        ConfigError: the entry is of no known kind, or its argument breaks a rule.
+    """
     if not isinstance(spec, dict):
         return Fixed(plain_value(spec))
     spec = dict(spec)
@@ -123,6 +160,7 @@ def parse_kind(key: str, spec: Any, *, nested: bool = False) -> Kind:
 
 
 def _parse_range(key: str, kind: str, argument: Any, times: str | None) -> Range:
+    """Turn `uniform`, `loguniform`, `int` or `logint` with its ends into a range."""
     integer, log = kind.endswith("int"), kind.startswith("log")
     allowed = int if integer else (int, float)
     two = isinstance(argument, list) and len(argument) == 2
@@ -136,11 +174,16 @@ def _parse_range(key: str, kind: str, argument: Any, times: str | None) -> Range
 
 
 def required_parameter(kind: Kind) -> str | None:
+    """Return the name of the parameter that a kind depends on, or None."""
     return kind.depends_on if isinstance(kind, Cases) else kind.times
 
 
 def plain_value(value: Any) -> Value:
-    """Lists of module names become one string, since Optuna's choices are plain values."""
+    """Return a plain value. Join a list of module names to one string, since Optuna's choices are plain values.
+
+    Raises:
+        ConfigError: the value is neither plain nor a list of names.
+    """
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return ",".join(value)
     if not isinstance(value, bool | int | float | str):
@@ -149,6 +192,11 @@ def plain_value(value: Any) -> Value:
 
 
 def multiplied(value: Value, times: str | None, values: dict[str, Value]) -> Value:
+    """Return the value times that of parameter `times`, or the value itself if `times` is None.
+
+    Raises:
+        ConfigError: one of the two values is a string.
+    """
     if times is None:
         return value
     other = values[times]
@@ -158,12 +206,14 @@ def multiplied(value: Value, times: str | None, values: dict[str, Value]) -> Val
 
 
 def quotient(value: Value, other: Value) -> Value:
+    """Return value / other, or NaN if that is no number. NaN is in no range, so the caller's check fails."""
     if isinstance(value, str) or isinstance(other, str) or not other:
         return math.nan
     return value / other
 
 
 def same_value(one: Value, other: Value) -> bool:
+    """Return True if two values are equal. Numbers may differ by rounding; strings and booleans must match in type."""
     if isinstance(one, bool) or isinstance(other, bool) or isinstance(one, str) or isinstance(other, str):
         return type(one) is type(other) and one == other
     return math.isclose(one, other, rel_tol=1e-9)

@@ -1,6 +1,6 @@
 """Turns a search space file and command line values into one frozen, validated `SearchConfig`.
 
-Precedence: the defaults below < the YAML file < `--section.key value` on the command line.
+Precedence: the defaults of `schema.py` < the YAML file < `--section.key value` on the command line.
 Importing this module loads neither torch nor Ray.
 """
 
@@ -15,11 +15,15 @@ from pydantic import BaseModel, ValidationError
 from raylora.config.schema import MergeConfig, SearchConfig, Section
 from raylora.errors import ConfigError
 
+RENAMED = {"data.layout": "data.format"}
+"""Former key -> present key, for the error message."""
+
+
 _S = TypeVar("_S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-4` as text for want of a dot; here it is the number that everyone means."""
+    """YAML loader that reads `2e-4` as a number. YAML 1.1 reads it as text, since it has no dot."""
 
 
 _Loader.add_implicit_resolver(
@@ -28,11 +32,11 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> SearchConfig:
-    """Reads a search space file.
+    """Read a search space file.
 
     Args:
         path: YAML file.
-        overrides: dotted key -> value as typed; values are read as YAML.
+        overrides: dotted key -> value as typed on the command line. Values are read as YAML.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a key or value breaks a rule.
@@ -50,21 +54,46 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Se
 
 
 def build_config(values: dict[str, Any], *, source: str) -> SearchConfig:
-    """Validates plain values, e.g. of a resolved config; `source` opens the error message."""
+    """Validate plain values, such as those of a resolved config.
+
+    Args:
+        values: section -> key -> value.
+        source: opens the error message.
+
+    Raises:
+        ConfigError: a key or value breaks a rule.
+    """
     return _validated(SearchConfig, values, source)
 
 
 def change_config(config: SearchConfig, overrides: dict[str, str]) -> SearchConfig:
-    """A config with some settings changed, dotted key -> value as typed."""
+    """Return the config with some settings changed.
+
+    Args:
+        config: unchanged.
+        overrides: dotted key -> value as typed on the command line.
+
+    Raises:
+        ConfigError: a key or value breaks a rule.
+    """
     return build_config(_changed(config.model_dump(mode="json"), overrides), source="command line")
 
 
 def build_merge_config(base: str, overrides: dict[str, str]) -> MergeConfig:
-    """Settings of a merge without a search: the base's name, and dotted key -> value as typed."""
+    """Return the settings of a merge without a search.
+
+    Args:
+        base: name of the base model.
+        overrides: dotted key -> value as typed on the command line.
+
+    Raises:
+        ConfigError: a key or value breaks a rule.
+    """
     return _validated(MergeConfig, _changed({"base_model": {"name": base}}, overrides), "command line")
 
 
 def _validated(kind: type[_S], values: dict[str, Any], source: str) -> _S:
+    """Build a config, with one message for all errors."""
     try:
         return kind.model_validate(values)
     except ConfigError:
@@ -75,7 +104,7 @@ def _validated(kind: type[_S], values: dict[str, Any], source: str) -> _S:
 
 
 def _with_absolute_paths(config: SearchConfig) -> SearchConfig:
-    """Files as seen from here, since lanes run in other directories."""
+    """Return the config with absolute paths of files, since the processes of lanes run in other directories."""
 
     def absolute(section: Any, *names: str) -> Any:
         found = {name: Path(getattr(section, name) or "").expanduser() for name in names if getattr(section, name)}
@@ -90,17 +119,19 @@ def _with_absolute_paths(config: SearchConfig) -> SearchConfig:
 
 
 def dump_config(config: SearchConfig) -> str:
-    """The resolved config as YAML that loads to the same config."""
+    """Return the resolved config as YAML that loads to the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _changed(values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
+    """Apply command line values to plain values, in place."""
     for key, text in overrides.items():
         _set(values, key, text)
     return values
 
 
 def _set(values: dict[str, Any], key: str, text: str) -> None:
+    """Set one dotted key to a value that is read as YAML."""
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -113,9 +144,11 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
 
 
 def _explain(item: Any, kind: type[BaseModel]) -> str:
-    """One pydantic error as `key = value: rule`, with the nearest key for an unknown one."""
+    """Return one pydantic error as `key = value: rule`. For an unknown key, name the key that was probably meant."""
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
+    if item["type"] == "extra_forbidden" and key in RENAMED:
+        return f"{key}: renamed to {RENAMED[key]}"
     if item["type"] == "extra_forbidden":
         known = list(_section(kind, location[:-1]).model_fields)
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -130,6 +163,7 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
 
 
 def _section(section: type[BaseModel], location: list[str]) -> type[BaseModel]:
+    """Return the section that a location leads to."""
     for part in location:
         annotation = section.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

@@ -1,8 +1,8 @@
 """Turns the `space` section of a search space file into Optuna suggestions and checked assignments.
 
 Kinds: a plain value (fixed), `choice`, `uniform`, `loguniform`, `int` and `logint` (both ends included).
-`times: other` multiplies the value by another parameter's; `depends_on: other` with `cases` picks a kind by
-another parameter's value.
+`times: other` multiplies the value by that of another parameter. `depends_on: other` with `cases` picks a kind by the
+value of another parameter.
 """
 
 import itertools
@@ -31,12 +31,13 @@ from raylora.errors import ConfigError
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Parameters in an order in which each stands after those it depends on."""
+    """A parsed search space."""
 
     kinds: dict[str, Kind]
+    """Parameter name -> kind. Each parameter comes after those that it depends on."""
 
     def suggest(self, trial: Suggester) -> dict[str, Value]:
-        """One value for each parameter, drawn define-by-run from an Optuna trial."""
+        """Draw a value for each parameter from an Optuna trial, define-by-run."""
         values: dict[str, Value] = {}
         for name in self.kinds:
             optuna_name, kind = self._resolve(name, values)
@@ -44,10 +45,10 @@ class SearchSpace:
         return values
 
     def to_optuna(self, point: dict[str, Value], *, where: str) -> dict[str, Value]:
-        """Parameters under Optuna's names, for `study.enqueue_trial`.
+        """Return a point of the space under Optuna's parameter names, for `study.enqueue_trial`.
 
         Args:
-            point: parameter name -> value; parameters left out are sampled.
+            point: parameter name -> value. Optuna samples the parameters that are left out.
             where: opens the error message.
 
         Raises:
@@ -75,7 +76,7 @@ class SearchSpace:
         return enqueued
 
     def grid(self) -> list[dict[str, Value]]:
-        """Every combination of choices, in the file's order, the last parameter varying fastest.
+        """Return every combination of choices, in the order of the file; the last parameter varies fastest.
 
         Raises:
             ConfigError: a parameter is a range, or depends on another by cases.
@@ -94,7 +95,7 @@ class SearchSpace:
         return points
 
     def _resolve(self, name: str, values: dict[str, Value]) -> tuple[str, Fixed | Choice | Range]:
-        """The name Optuna knows a parameter by, and its kind given the values before it."""
+        """Return the name of a parameter in Optuna, and its kind given the values drawn before it."""
         kind = self.kinds[name]
         if isinstance(kind, Cases):
             picked = kind.pick(name, values)
@@ -104,7 +105,10 @@ class SearchSpace:
 
 
 def parse_space(space: dict[str, Any]) -> SearchSpace:
-    """Parses and checks the `space` section.
+    """Parse and check the `space` section.
+
+    Args:
+        space: parameter name -> entry, as read from YAML.
 
     Raises:
         ConfigError: a parameter is unknown, missing, of no known kind, or can leave its range.
@@ -125,7 +129,7 @@ def parse_space(space: dict[str, Any]) -> SearchSpace:
 
 
 def _ordered(kinds: dict[str, Kind]) -> dict[str, Kind]:
-    """The file's order, but each parameter after the one it needs."""
+    """Return the kinds in the order of the file, except that each comes after the parameter it depends on."""
     ordered: dict[str, Kind] = {}
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -144,7 +148,7 @@ def _ordered(kinds: dict[str, Kind]) -> dict[str, Kind]:
 
 
 def _check_range(name: str, kind: Kind, kinds: dict[str, Kind]) -> None:
-    """Checks the extreme values against the parameter's rule; a value between them cannot break it."""
+    """Check the extreme values of a parameter against its rule. Values between them cannot break it."""
     field = Assignment.model_fields[name]
     adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
     if isinstance(kind, Cases):

@@ -1,7 +1,7 @@
-"""Turns rows of any column layout that TRL's SFT accepts into examples with a prompt and an answer.
+"""Turns rows of any dataset format that TRL's SFT accepts into examples with a prompt and an answer.
 
-Source of the layouts: TRL's dataset formats (text, prompt/completion, messages, conversations) and
-Alpaca's instruction/input/output.
+Source of the formats: TRL's "Dataset formats and types" (text, prompt/completion, messages, conversations) and
+Stanford Alpaca (instruction/input/output).
 """
 
 import re
@@ -12,6 +12,7 @@ from raylora.data.read import Row
 from raylora.errors import DataError
 
 Message = dict[str, str]
+"""One turn of a conversation: `role` and `content`."""
 
 
 COLUMNS = {
@@ -21,10 +22,11 @@ COLUMNS = {
     "conversations": ("conversations",),
     "alpaca": ("instruction", "output"),
 }
-"""Layout -> columns that it needs. Listed in the order in which `auto` looks for them."""
+"""Dataset format -> columns that it needs."""
 
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""Speaker in ShareGPT's `from` -> role in a chat template."""
 
 
 ALPACA_INTRO = "Below is an instruction that describes a task"
@@ -32,64 +34,66 @@ ALPACA_INTRO = "Below is an instruction that describes a task"
 
 
 ANSWER_MARKERS = ("[/INST]", "<|im_start|>assistant\n", "<start_of_turn>model\n", "### Response:", "### Assistant:")
-"""What stands before the last answer in `text` rows of common templates."""
+"""Text before an answer in `text` rows of common templates: Llama 2, ChatML, Gemma, Alpaca, Guanaco."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row, whatever its layout was."""
+    """One row, in the same form for every dataset format."""
 
     prompt: str | tuple[Message, ...]
-    """What generation starts from: text, or messages for a chat template; empty where the row has no question."""
+    """Prompt that generation starts from: text, or messages for a chat template; empty if the row has no question."""
 
     completion: str | tuple[Message, ...]
-    """The answer to the prompt, in the same form."""
+    """Answer to the prompt: text or messages, as `prompt`."""
 
     references: tuple[str, ...]
-    """All acceptable answers as text; the completion where the row names no others."""
+    """Acceptable answers as text; the completion alone if the row has no `references`."""
 
     trains_on_prompt: bool
-    """Whether the layout's loss covers the prompt too (`text` does, as in TRL)."""
+    """True if the loss covers the prompt too, as TRL does for `text`."""
 
     def key(self) -> str:
-        """Equal for examples that ask the same."""
+        """Return a key that is equal for examples with the same prompt."""
         return repr(self.prompt or self.completion)
 
 
-def to_examples(rows: list[Row], layout: str, *, source: str) -> list[Example]:
-    """Converts rows, all of one layout.
+def to_examples(rows: list[Row], format: str, *, source: str) -> list[Example]:
+    """Convert rows, all of one dataset format.
 
     Args:
-        rows: rows as read.
-        layout: a key of `COLUMNS`, or `auto`.
+        rows: rows as read, at least one.
+        format: a key of `COLUMNS`, or `auto` to tell the format from the columns of the first row.
         source: opens the error message.
 
     Raises:
-        DataError: no layout fits, or a row lacks a column or holds another type (with the row's number).
+        DataError: no format fits, or a row lacks a column or holds another type (with the row's number).
     """
-    layout = _detect(rows[0], source) if layout == "auto" else layout
-    convert = _CONVERTERS[layout]
+    format = _detect(rows[0], source) if format == "auto" else format
+    convert = _CONVERTERS[format]
     examples = []
     for number, row in enumerate(rows, 1):
-        missing = [column for column in COLUMNS[layout] if row.get(column) is None]
+        missing = [column for column in COLUMNS[format] if row.get(column) is None]
         if missing:
             raise DataError(f"{source}: row {number} has no {', '.join(missing)}; its columns: {', '.join(row)}")
         try:
             examples.append(convert(row))
         except (TypeError, KeyError, ValueError) as error:
-            raise DataError(f"{source}: row {number} is not of layout {layout}: {error}") from error
+            raise DataError(f"{source}: row {number} is not of format {format}: {error}") from error
     return examples
 
 
 def _detect(row: Row, source: str) -> str:
-    for layout in ("prompt-completion", "messages", "conversations", "alpaca", "text"):
-        if all(column in row for column in COLUMNS[layout]):
-            return layout
-    known = "; ".join(f"{layout}: {', '.join(columns)}" for layout, columns in COLUMNS.items())
-    raise DataError(f"{source}: no known layout has the columns {', '.join(row)}; known are {known}")
+    """Return the dataset format of a row. `text` comes last: rows of other formats may have a `text` column too."""
+    for format in ("prompt-completion", "messages", "conversations", "alpaca", "text"):
+        if all(column in row for column in COLUMNS[format]):
+            return format
+    known = "; ".join(f"{format}: {', '.join(columns)}" for format, columns in COLUMNS.items())
+    raise DataError(f"{source}: no known dataset format has the columns {', '.join(row)}; known are {known}")
 
 
 def _from_text(row: Row) -> Example:
+    """Convert a row of `text`. Split it after the last answer marker, so that generation has a prompt."""
     text = _text(row["text"], "text")
     ends = [text.rfind(marker) + len(marker) for marker in ANSWER_MARKERS if marker in text]
     cut = max(ends, default=0)
@@ -98,6 +102,7 @@ def _from_text(row: Row) -> Example:
 
 
 def _from_prompt_completion(row: Row) -> Example:
+    """Convert a row of `prompt` and `completion`, which are text or messages."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):
         messages = _messages(prompt)
@@ -108,6 +113,7 @@ def _from_prompt_completion(row: Row) -> Example:
 
 
 def _from_messages(row: Row) -> Example:
+    """Convert a conversation. The completion is its last assistant message."""
     messages = _messages(row["messages"])
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
@@ -118,6 +124,7 @@ def _from_messages(row: Row) -> Example:
 
 
 def _from_conversations(row: Row) -> Example:
+    """Convert a conversation in ShareGPT's columns, `from` and `value`."""
     messages = []
     for turn in row["conversations"]:
         role = turn.get("from") or turn.get("role")
@@ -128,6 +135,7 @@ def _from_conversations(row: Row) -> Example:
 
 
 def _from_alpaca(row: Row) -> Example:
+    """Convert a row of `instruction`, `input` and `output` by Stanford Alpaca's prompt template."""
     instruction, given = _text(row["instruction"], "instruction"), row.get("input") or ""
     head, body = f"{ALPACA_INTRO}. ", f"### Instruction:\n{instruction}\n\n"
     if given:
@@ -150,20 +158,24 @@ _CONVERTERS = {
 
 
 def _references(row: Row, answer: str) -> tuple[str, ...]:
+    """Return the row's `references`, or the answer alone."""
     return tuple(str(reference) for reference in row.get("references") or (answer,))
 
 
 def _messages(messages: Any) -> tuple[Message, ...]:
+    """Check a list of messages."""
     if not isinstance(messages, list) or not messages:
         raise TypeError(f"must be a list of messages, found {messages!r:.60}")
     return tuple(_message(message["role"], message["content"]) for message in messages)
 
 
 def _message(role: str, content: Any) -> Message:
+    """Return a message. Check that its content is text."""
     return {"role": role, "content": _text(content, "content")}
 
 
 def _text(value: Any, column: str) -> str:
+    """Return the value. Check that it is text."""
     if not isinstance(value, str):
         raise TypeError(f"{column} must be text, found {value!r:.60}")
     return value

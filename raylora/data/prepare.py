@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from raylora.config.schema import DataSection
@@ -15,29 +16,40 @@ from raylora.data.tokenize import PartSummary, encode_part
 from raylora.errors import DataError
 from raylora.run.atomic import read_json, replacing, write_json
 
-FORMAT = 1
-"""Raise it when the cached form changes."""
+CACHE_VERSION = 1
+"""Version of the token cache. Raise it when the form of the cache changes."""
+
+SUMMARY = "summary.json"
+"""File that is written last: a token cache without it is not whole."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A token cache and what is in it."""
+    """A token cache and a summary of its content."""
 
     tokens_dir: Path
-    """Directory with one Arrow data set per part; see `load_part`."""
+    """Directory with one Arrow data set per part, for `load_part`."""
 
     fingerprint: str
-    """Changes with any row, the tokenizer, or a setting that shapes tokens."""
+    """Hash of the rows, the tokenizer and the settings that shape tokens: 16 hexadecimal digits."""
 
     summaries: dict[str, PartSummary]
-    """Part -> summary."""
+    """Part (`train`, `validation`, `heldout`) -> summary."""
 
     n_overlapping: int
+    """Training rows left out, as in `Parts`."""
+
     n_duplicates: int
+    """Repeated training rows, as in `Parts`."""
 
 
 def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> PreparedData:
-    """Tokenises the three parts, unless the cache holds them.
+    """Tokenise the three parts, unless the cache holds them.
+
+    Args:
+        data: settings of the data.
+        tokenizer: given the chat template that `data` names.
+        cache_dir: holds token caches.
 
     Raises:
         DataError: a source is broken, parts overlap, nothing is left to train on, or a chat template is missing.
@@ -46,20 +58,23 @@ def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_di
     set_chat_template(parts.train[0], data, tokenizer)
     fingerprint = _fingerprint(parts, data, tokenizer)
     tokens_dir = cache_dir / "tokens" / fingerprint
-    if not (tokens_dir / "summary.json").is_file():
-        with replacing(tokens_dir) as temporary:
-            _encode_parts(parts, data, tokenizer, temporary)
+    tokens_dir.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{tokens_dir}.lock"):  # another search may be making the same cache
+        if not (tokens_dir / SUMMARY).is_file():
+            with replacing(tokens_dir) as temporary:
+                _encode_parts(parts, data, tokenizer, temporary)
     return load_prepared(tokens_dir)
 
 
 def load_prepared(tokens_dir: Path) -> PreparedData:
-    """A token cache that `prepare_data` wrote."""
-    values = read_json(tokens_dir / "summary.json")
+    """Open a token cache that `prepare_data` wrote."""
+    values = read_json(tokens_dir / SUMMARY)
     summaries = {part: PartSummary(**values["parts"][part]) for part in PARTS}
     return PreparedData(tokens_dir, tokens_dir.name, summaries, values["n_overlapping"], values["n_duplicates"])
 
 
 def _encode_parts(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write each part as an Arrow data set, and `summary.json`."""
     summaries = {}
     for part in PARTS:
         dataset, summary = encode_part(
@@ -77,12 +92,13 @@ def _encode_parts(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenize
         dataset.save_to_disk(str(directory / part))
         summaries[part] = dataclasses.asdict(summary)
     values = {"parts": summaries, "n_overlapping": parts.n_overlapping, "n_duplicates": parts.n_duplicates}
-    write_json(directory / "summary.json", values)
+    write_json(directory / SUMMARY, values)
 
 
 def _fingerprint(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of all that decides the tokens: rows, tokenizer, chat template and settings."""
     digest = hashlib.sha256()
-    shaping = (FORMAT, data.completion_only_loss, data.max_length, data.long_rows, tokenizer.chat_template)
+    shaping = (CACHE_VERSION, data.completion_only_loss, data.max_length, data.long_rows, tokenizer.chat_template)
     digest.update(json.dumps(shaping).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.update((backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode())

@@ -7,39 +7,67 @@ from typing import Any
 import datasets
 import pyarrow.csv
 import pyarrow.parquet
+from huggingface_hub import HfApi
 
 from raylora.errors import DataError
 
 Row = dict[str, Any]
+"""One row: column -> value."""
 
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""File types that are read."""
 
 
-def read_rows(source: str, *, subset: str | None = None, split: str = "train") -> list[Row]:
-    """All rows of one source.
+def read_rows(
+    source: str, *, subset: str | None = None, split: str = "train", revision: str | None = None
+) -> list[Row]:
+    """Read all rows of one source.
 
     Args:
         source: path of a file, or a Hub data set id.
         subset: configuration name of a Hub data set.
         split: split of a Hub data set.
+        revision: branch, tag or commit of a Hub data set.
 
     Raises:
-        DataError: the source is missing, empty, broken (with the line), or of no known format.
+        DataError: the source is missing, empty, broken (with the line), or of an unknown file type.
     """
     path = Path(source).expanduser()
     if path.is_file():
         rows = _read_file(path)
-    elif path.suffix.lower() in SUFFIXES or path.is_dir() or source.count("/") > 1:
+    elif not is_hub_source(source):
         raise DataError(f"data file not found: {source}")
     else:
-        rows = _read_hub(source, subset, split)
+        rows = _read_hub(source, subset, split, revision)
     if not rows:
         raise DataError(f"{source} holds no rows")
     return rows
 
 
+def is_hub_source(source: str) -> bool:
+    """Return True for the id of a Hub data set."""
+    path = Path(source).expanduser()
+    return not (path.exists() or path.suffix.lower() in SUFFIXES or source.count("/") > 1)
+
+
+def hub_commit(source: str, revision: str | None) -> str | None:
+    """Return the commit of a Hub data set; None for a file, or if the Hub cannot be asked.
+
+    Args:
+        source: path of a file, or a Hub data set id.
+        revision: branch, tag or commit; None is the main branch.
+    """
+    if not is_hub_source(source):
+        return None
+    try:
+        return HfApi().dataset_info(source, revision=revision).sha
+    except (OSError, ValueError):  # the Hub's errors derive from these; the rows may be in its cache all the same
+        return revision
+
+
 def _read_file(path: Path) -> list[Row]:
+    """Read a file by its suffix."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: must end in {', '.join(SUFFIXES)}, found {suffix or 'no suffix'}")
@@ -56,6 +84,7 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _read_jsonl(path: Path) -> list[Row]:
+    """Read a file with a JSON object per line. Blank lines are skipped."""
     rows = []
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -67,6 +96,7 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _read_json(path: Path) -> list[Row]:
+    """Read a JSON array of objects, or an object whose only value is such an array."""
     rows = _parse(path.read_text(encoding="utf-8-sig"), str(path))
     if isinstance(rows, dict) and len(rows) == 1:
         (rows,) = rows.values()
@@ -76,18 +106,21 @@ def _read_json(path: Path) -> list[Row]:
 
 
 def _parse(text: str, where: str) -> Any:
+    """Parse JSON. `where` opens the error message."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}: {text.strip()[:60]}") from error
 
 
-def _read_hub(name: str, subset: str | None, split: str) -> list[Row]:
+def _read_hub(name: str, subset: str | None, split: str, revision: str | None) -> list[Row]:
+    """Read a Hub data set, from the cache of `datasets` if it is there."""
     try:
-        return datasets.load_dataset(name, subset, split=split).to_list()
+        return datasets.load_dataset(name, subset, split=split, revision=revision).to_list()
     except (OSError, ValueError) as error:  # huggingface_hub's and datasets' errors derive from these
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = name if revision is None else f"{name} at revision {revision}"
         raise DataError(
-            f"{name} is neither a file here nor a Hub data set that can be loaded: {reason}; "
+            f"{what} is neither a file here nor a Hub data set that can be loaded: {reason}; "
             "check the name, the network, and `hf auth login` for a gated one"
         ) from error

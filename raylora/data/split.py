@@ -9,6 +9,7 @@ from raylora.data.read import read_rows
 from raylora.errors import DataError
 
 PARTS = ("train", "validation", "heldout")
+"""Names of the parts, and of the settings that name their files."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,14 @@ class Parts:
     validation: list[Example]
     heldout: list[Example]
     n_overlapping: int
-    """Training rows left out because their prompt stands in a given validation or held-out file."""
+    """Training rows left out because their prompt is also in a given validation or held-out file."""
 
     n_duplicates: int
-    """Training rows that repeat another one word for word; they are kept."""
+    """Training rows that repeat another row word for word. They are not left out."""
 
 
 def read_parts(data: DataSection) -> Parts:
-    """Reads the sources that `data` names and splits off what it does not name.
+    """Read the sources that `data` names, and split the other parts off the training rows.
 
     Raises:
         DataError: a source is broken, parts overlap, or there are too few prompts to split.
@@ -49,17 +50,21 @@ def read_parts(data: DataSection) -> Parts:
 
 
 def _read(data: DataSection, part: str) -> list[Example]:
+    """Read the examples of the source that `data` names for a part."""
     source = getattr(data, part)
-    return to_examples(read_rows(source, subset=data.subset, split=data.split), data.layout, source=source)
+    revision = data.revision if source == data.train else None
+    rows = read_rows(source, subset=data.subset, split=data.split, revision=revision)
+    return to_examples(rows, data.format, source=source)
 
 
 def _without_overlap(given: dict[str, list[Example]], data: DataSection) -> tuple[list[Example], int]:
-    """Training examples whose prompt stands in no other given part; an overlap is an error unless it may be dropped."""
+    """Return the training examples whose prompt is in no other given part, and the number of those left out."""
     if "validation" in given and "heldout" in given:
-        both = {one.key() for one in given["validation"]} & {one.key() for one in given["heldout"]}
-        if both:
+        shared = {one.key() for one in given["validation"]} & {one.key() for one in given["heldout"]}
+        if shared:
             raise DataError(
-                f"{data.validation} and {data.heldout} must share no prompt, found {len(both)}, e.g. {min(both)[:80]}"
+                f"{data.validation} and {data.heldout} must share no prompt, found {len(shared)}, "
+                f"e.g. {min(shared)[:80]}"
             )
     train = given["train"]
     for part in ("validation", "heldout"):
@@ -77,7 +82,20 @@ def _without_overlap(given: dict[str, list[Example]], data: DataSection) -> tupl
 def _split_off(
     examples: list[Example], size: float, data: DataSection, part: str
 ) -> tuple[list[Example], list[Example]]:
-    """Whole prompts, in an order that depends on the seed alone, until `size` rows are reached."""
+    """Split rows off: whole prompts, in an order that depends on the seed alone, until `size` rows are reached.
+
+    Args:
+        examples: rows to split.
+        size: a share of the rows below 1, or a count.
+        data: settings of the data.
+        part: `validation` or `heldout`.
+
+    Returns:
+        The rows split off, and the others, both in the order of the file.
+
+    Raises:
+        DataError: no row would be left.
+    """
     target = size if size >= 1 else max(1, round(size * len(examples)))
     groups: dict[str, list[int]] = {}
     for index, one in enumerate(examples):
@@ -97,4 +115,5 @@ def _split_off(
 
 
 def _order(key: str, seed: int) -> bytes:
+    """Return a sort key that shuffles by the seed. A new row does not change the order of the others."""
     return hashlib.sha256(f"{seed}:{key}".encode()).digest()

@@ -1,6 +1,7 @@
-"""Turns examples into token ids and labels, kept as memory-mapped Arrow data sets.
+"""Turns examples into token ids and labels, as Arrow data sets that can be memory-mapped.
 
-Tokens and labels equal those of TRL's SFTTrainer for the same layout; `tests/test_tokens.py` compares them.
+Tokens and labels equal those of TRL's SFTTrainer for the same dataset format; `tests/data/test_tokenize.py` compares
+them.
 """
 
 from dataclasses import dataclass
@@ -16,33 +17,44 @@ from raylora.data.rows import IGNORE
 
 @dataclass(frozen=True)
 class PartSummary:
-    """What a user wants to know of one part before the search."""
+    """Size of one part, shown to the user before the search."""
 
     rows: int
+    """Rows in the token cache."""
+
     tokens: int
     """Tokens after truncation."""
 
     trained_tokens: int
-    """Tokens that bear loss."""
+    """Tokens with loss."""
 
     length_p50: int
     """Median length in tokens before truncation."""
 
     length_p95: int
+    """95th percentile of the length in tokens before truncation."""
+
     length_max: int
+    """Longest row in tokens before truncation."""
+
     n_long: int
     """Rows over `max_length`, truncated or dropped."""
 
     n_dropped: int
-    """Rows left out: too long with `long_rows: drop`, or without any token that bears loss."""
+    """Rows left out: too long with `long_rows: drop`, or without a token with loss."""
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool) -> dict[str, list[int]]:
-    """Token ids of one example.
+    """Tokenise one example.
+
+    Args:
+        example: one row.
+        tokenizer: has a chat template if the row is a conversation.
+        completion_only: take the loss on completions (assistant turns) only.
 
     Returns:
-        `input_ids` (n,), `labels` (n,) with IGNORE where no loss is taken, and `prompt_ids` (m,), from which
-        generation starts; empty where the example has no prompt.
+        `input_ids` (n,); `labels` (n,), IGNORE for a token without loss; and `prompt_ids` (m,), from which generation
+        starts, empty if the example has no prompt.
     """
     if isinstance(example.prompt, str):
         prompt_ids, ids = _encode_text(example, tokenizer)
@@ -58,11 +70,12 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, completion_o
 
 
 def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the token ids of the prompt, and of prompt and completion with EOS."""
     assert isinstance(example.prompt, str) and isinstance(example.completion, str)
     prompt, full = example.prompt, example.prompt + example.completion
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if bos and full.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-        # Rows such as guanaco-llama2's spell the BOS that the tokenizer adds by itself; two of them would be wrong.
+        # Rows such as guanaco-llama2's spell out the BOS that the tokenizer adds too. One of the two must go.
         prompt, full = prompt.removeprefix(bos), full.removeprefix(bos)
     if eos and not full.endswith(eos):
         full += eos
@@ -77,7 +90,18 @@ def encode_part(
     max_length: int,
     long_rows: str,
 ) -> tuple[datasets.Dataset, PartSummary]:
-    """Tokenises one part, with its rows over `max_length` cut or dropped."""
+    """Tokenise one part.
+
+    Args:
+        examples: rows of the part, at least one.
+        tokenizer: has a chat template if the rows are conversations.
+        completion_only: take the loss on completions (assistant turns) only.
+        max_length: longest row in tokens.
+        long_rows: `truncate` cuts longer rows, `drop` leaves them out.
+
+    Returns:
+        Columns `input_ids`, `labels`, `prompt_ids`, `references`; and the summary.
+    """
     rows: list[dict[str, Any]] = []
     lengths = []
     for example in examples:

@@ -1,4 +1,4 @@
-"""Checks base, adapter and merged model on the held-out rows, which nothing before has seen.
+"""Compares base, adapter and merged model on the held-out rows, which neither training nor the search reads.
 
 Run as `python -m raylora.evaluate RUN_DIRECTORY`.
 """
@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from raylora.cli.command import command, console, run_command
-from raylora.evaluate.heldout import evaluate_run
 from raylora.report.evaluation_tables import show_evaluation
 from raylora.run.directory import RunDirectory
 
@@ -17,6 +16,9 @@ from raylora.run.directory import RunDirectory
 @command
 def evaluate(run_directory: Annotated[Path, typer.Argument(help="Folder of a search, merged.")]) -> None:
     """Generate on the held-out prompts with base, adapter and merged model, and score the answers."""
+    # loads torch, which `raylora --help` must not wait for
+    from raylora.evaluate.heldout import evaluate_run  # noqa: PLC0415
+
     show_evaluation(evaluate_run(RunDirectory(run_directory)), console())
 
 

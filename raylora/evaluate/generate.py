@@ -1,4 +1,4 @@
-"""Answers prompts greedily, in left-padded batches with a KV cache."""
+"""Generates greedy answers to prompts, in left-padded batches with a KV cache."""
 
 import time
 from collections.abc import Sequence
@@ -10,13 +10,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model answered."""
+    """Answers of one model to all prompts."""
 
     token_ids: list[list[int]]
-    """Per prompt, without end tokens."""
+    """Token ids of each answer, without end tokens."""
 
     texts: list[str]
+    """Text of each answer, without special tokens."""
+
     tokens_per_second: float
+    """Generated tokens per second, end tokens included."""
 
 
 def generate(
@@ -27,14 +30,17 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> Answers:
-    """Answers all prompts, in the order given.
+    """Generate a greedy answer to each prompt.
 
     Args:
-        model: on any device.
-        tokenizer: of the model.
-        prompts: token ids.
-        max_new_tokens: longest answer.
-        batch_size: prompts at once; prompts of like length go together.
+        model: causal language model, on any device.
+        tokenizer: tokenizer of the model, with a pad token.
+        prompts: token ids of each prompt.
+        max_new_tokens: longest answer in tokens.
+        batch_size: prompts per batch. A batch has prompts of similar length.
+
+    Returns:
+        Answers in the order of the prompts.
     """
     model.eval()
     ends = _end_tokens(model, tokenizer)
@@ -66,17 +72,18 @@ def generate(
         for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
             token_ids[index] = _until(ids, ends)
     seconds = time.perf_counter() - began
-    # an end token costs a step too, hence the 1
+    # the end token takes a step too, hence the 1
     n_tokens = sum(min(len(ids) + 1, max_new_tokens) for ids in token_ids)
     return Answers(token_ids, tokenizer.batch_decode(token_ids, skip_special_tokens=True), n_tokens / seconds)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's EOS, and those that the model's own generation settings name, e.g. an end of turn."""
+    """Return EOS and the end tokens of the model's generation config, such as an end of turn."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     return {token for token in [tokenizer.eos_token_id, *named] if token is not None}
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:
+    """Return the tokens before the first end token."""
     return ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))]

@@ -1,6 +1,5 @@
-"""Checks base, adapter and merged model on the held-out rows, which no earlier step has seen."""
+"""Compares base, adapter and merged model on the held-out rows, and writes `evaluation.json`."""
 
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 
 from raylora.base.load import compute_dtype, load_base_model
 from raylora.base.locate import find_checkpoint, load_tokenizer
+from raylora.data.of_run import tokens_of_run
 from raylora.data.rows import load_part
 from raylora.errors import RunDirectoryError
 from raylora.evaluate.generate import Answers, generate
@@ -21,11 +21,17 @@ from raylora.training.losses import eval_loss
 
 
 def evaluate_run(run: RunDirectory) -> dict[str, Any]:
-    """Scores every model of the run and writes `evaluation.json`.
+    """Measure base, adapter and merged models on the held-out rows, and write `evaluation.json`.
+
+    Args:
+        run: run directory with an adapter and a merged model.
 
     Returns:
-        `n_rows`, `n_prompts`, `models` (name -> heldout_loss, scores, tokens_per_second), `agreement_with_adapter`
-        (merged model -> shares, and `bleu_p_value`), `samples`.
+        n_rows: number of held-out rows.
+        n_prompts: number of these with a prompt to generate from.
+        models: name -> heldout_loss (nats per token), the scores of `score`, tokens_per_second.
+        agreement_with_adapter: merged model -> the shares of `agreement`, and bleu_p_value.
+        samples: prompts, references and all answers, as text.
 
     Raises:
         RunDirectoryError: there is no adapter or merged model yet.
@@ -37,58 +43,60 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
     device = "cuda:0" if provenance["on_gpu"] and torch.cuda.is_available() else "cpu"
     section, cache_dir = config.base_model, run.cache(config)
     tokenizer = load_tokenizer(section, find_checkpoint(section, cache_dir))
-    heldout = load_part(Path(provenance["tokens_dir"]), "heldout")
-    asked = heldout.filter(lambda row: len(row["prompt_ids"]) > 0, keep_in_memory=True)
+    heldout = load_part(tokens_of_run(run, config), "heldout")
+    prompts = heldout.filter(lambda row: len(row["prompt_ids"]) > 0, keep_in_memory=True)
     answers: dict[str, Answers] = {}
     models: dict[str, dict[str, float]] = {}
 
-    def check(name: str, model: PreTrainedModel) -> None:
+    def measure(name: str, model: PreTrainedModel) -> None:
+        """Measure a model's loss, and its answers if there are prompts."""
         batch_size = config.training.per_device_eval_batch_size
         loss = eval_loss(model, heldout, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id)
         models[name] = {"heldout_loss": loss}
-        if len(asked):
+        if len(prompts):
             answers[name] = generate(
                 model,
                 tokenizer,
-                list(asked["prompt_ids"]),
+                list(prompts["prompt_ids"]),
                 max_new_tokens=config.evaluation.max_new_tokens,
                 batch_size=config.evaluation.batch_size,
             )
-            scores = score(answers[name].texts, list(asked["references"]), config.evaluation.answer_pattern)
+            scores = score(answers[name].texts, list(prompts["references"]), config.evaluation.answer_pattern)
             models[name] |= {**scores, "tokens_per_second": answers[name].tokens_per_second}
 
     base = load_base_model(section, cache_dir, device)
-    check("base", base)
-    check("adapter", PeftModel.from_pretrained(base, str(run.best_adapter)))
+    measure("base", base)
+    measure("adapter", PeftModel.from_pretrained(base, str(run.best_adapter)))
     del base
     for form in merged_forms:
-        check(f"merged_{form}", load_merged(run.merged(form), device, compute_dtype(section, device)))
+        measure(f"merged_{form}", load_merged(run.merged(form), device, compute_dtype(section, device)))
     result = {
         "n_rows": len(heldout),
-        "n_prompts": len(asked),
+        "n_prompts": len(prompts),
         "models": models,
         "agreement_with_adapter": {
             name: {
-                **agreement(answers["adapter"], mine),
-                "bleu_p_value": bleu_p_value(answers["adapter"], mine, list(asked["references"])),
+                **agreement(answers["adapter"], merged),
+                "bleu_p_value": bleu_p_value(answers["adapter"], merged, list(prompts["references"])),
             }
-            for name, mine in answers.items()
+            for name, merged in answers.items()
             if name.startswith("merged")
         },
         "samples": _samples(
-            asked, tokenizer.batch_decode(list(asked["prompt_ids"])), answers, config.evaluation.n_samples
+            prompts, tokenizer.batch_decode(list(prompts["prompt_ids"])), answers, config.evaluation.n_samples
         ),
     }
     write_json(run.evaluation_file, result)
     return result
 
 
-def _samples(asked: datasets.Dataset, prompts: list[str], answers: dict[str, Answers], n: int) -> list[dict[str, str]]:
+def _samples(rows: datasets.Dataset, prompts: list[str], answers: dict[str, Answers], n: int) -> list[dict[str, str]]:
+    """Return the first n prompts, with reference and all answers of each."""
     return [
         {
             "prompt": prompts[index],
-            "reference": asked[index]["references"][0],
-            **{name: mine.texts[index] for name, mine in answers.items()},
+            "reference": rows[index]["references"][0],
+            **{name: of_model.texts[index] for name, of_model in answers.items()},
         }
-        for index in range(min(n, len(asked)))
+        for index in range(min(n, len(rows)))
     ]

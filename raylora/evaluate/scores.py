@@ -1,4 +1,4 @@
-"""Generates answers greedily, in left-padded batches with a KV cache, and scores them."""
+"""Scores the answers of models against references, and compares the answers of two models."""
 
 import re
 
@@ -10,18 +10,26 @@ from sacrebleu.metrics import BLEU
 from raylora.evaluate.generate import Answers
 
 N_DRAWS = 10_000
-"""Of the randomization test: its standard error is .005 at most."""
+"""Draws of the randomization test. The standard error of a p-value is at most .005 = .5 / sqrt(10,000)."""
 
 
 def score(texts: list[str], references: list[list[str]], answer_pattern: str | None = None) -> dict[str, float]:
-    """Quality of answers against all acceptable ones.
+    """Score answers against their references.
+
+    Args:
+        texts: one answer per prompt, at least one.
+        references: acceptable answers of each prompt, at least one each.
+        answer_pattern: regular expression whose first group is the answer as a number; None compares no numbers.
 
     Returns:
-        `exact_match` (share, after trimming white space), `bleu` and `chrf` (0 to 100, sacrebleu's defaults over the
-        corpus), `rouge_l` (mean F1 against the best reference, 0 to 1), and with `answer_pattern` also `answer_match`.
+        exact_match: share of answers that equal a reference, white space at the ends aside.
+        bleu, chrf: score of the whole corpus in [0, 100], with the defaults of sacrebleu.
+        rouge_l: mean F1 against the best reference, in [0, 1].
+        answer_match: share of answers with the number of the first reference; only with `answer_pattern`.
     """
     matches = [
-        text.strip() in {reference.strip() for reference in mine} for text, mine in zip(texts, references, strict=True)
+        text.strip() in {reference.strip() for reference in accepted}
+        for text, accepted in zip(texts, references, strict=True)
     ]
     columns = _columns(references)
     rouge = RougeScorer(["rougeL"], use_stemmer=False)
@@ -30,42 +38,53 @@ def score(texts: list[str], references: list[list[str]], answer_pattern: str | N
         "bleu": sacrebleu.corpus_bleu(texts, columns).score,
         "chrf": sacrebleu.corpus_chrf(texts, columns).score,
         "rouge_l": sum(
-            rouge.score_multi(mine, text)["rougeL"].fmeasure for text, mine in zip(texts, references, strict=True)
+            rouge.score_multi(accepted, text)["rougeL"].fmeasure
+            for text, accepted in zip(texts, references, strict=True)
         )
         / len(texts),
     }
     if answer_pattern is not None:
         right = [
             _number(text, answer_pattern) is not None
-            and _number(text, answer_pattern) == _number(mine[0], answer_pattern)
-            for text, mine in zip(texts, references, strict=True)
+            and _number(text, answer_pattern) == _number(accepted[0], answer_pattern)
+            for text, accepted in zip(texts, references, strict=True)
         ]
         scores["answer_match"] = sum(right) / len(right)
     return scores
 
 
 def agreement(one: Answers, other: Answers) -> dict[str, float]:
-    """How alike two models answer.
+    """Compare the answers of two models to the same prompts, token by token.
 
     Returns:
-        `tokens`: share of positions with the same token, counted over the longer answer; `answers`: share of answers
-        that are the same to the last token.
+        tokens: share of positions with the same token, out of the positions of the longer answer.
+        answers: share of answers that are equal in all tokens.
     """
     pairs = list(zip(one.token_ids, other.token_ids, strict=True))
-    same = sum(sum(a == b for a, b in zip(mine, theirs, strict=False)) for mine, theirs in pairs)
-    total = sum(max(len(mine), len(theirs)) for mine, theirs in pairs)
+    same = sum(sum(a == b for a, b in zip(ids, other_ids, strict=False)) for ids, other_ids in pairs)
+    total = sum(max(len(ids), len(other_ids)) for ids, other_ids in pairs)
     return {
         "tokens": same / total if total else 1.0,
-        "answers": sum(mine == theirs for mine, theirs in pairs) / len(pairs),
+        "answers": sum(ids == other_ids for ids, other_ids in pairs) / len(pairs),
     }
 
 
 def bleu_p_value(one: Answers, other: Answers, references: list[list[str]]) -> float:
-    """How often chance alone would part the BLEU of two models' answers as far, were the models equally good.
+    """Return the p-value of the BLEU difference of two models under paired approximate randomization.
 
-    Paired approximate randomization: each draw swaps the two answers to every prompt or leaves them. sacrebleu's own
-    (2.6, `PairedTest`) does not count draws that part them just as far, so that models that differ in one answer, or in
-    none, come out as significantly different.
+    Each draw swaps the two answers to a prompt, or leaves them, with equal probability. The p-value is the share of
+    draws with a difference at least as large as the observed one.
+
+    We do not use `PairedTest` of sacrebleu 2.6. It does not count draws with an equal difference, so that it finds two
+    models significantly different that differ in one answer or in none.
+
+    Args:
+        one: answers of a model.
+        other: answers of another model to the same prompts.
+        references: acceptable answers of each prompt.
+
+    Returns:
+        p-value in (0, 1].
 
     Source: Riezler and Maxwell 2005, "On Some Pitfalls in Automatic Evaluation and Significance Testing for MT",
     section 4.
@@ -77,28 +96,31 @@ def bleu_p_value(one: Answers, other: Answers, references: list[list[str]]) -> f
     first = counts.sum(0) + swapped @ (others - counts)
     second = counts.sum(0) + others.sum(0) - first
     observed = abs(_bleu(counts.sum(0)) - _bleu(others.sum(0)))
-    as_far = sum(abs(_bleu(a) - _bleu(b)) > observed - 1e-9 for a, b in zip(first, second, strict=True))
-    return (1 + as_far) / (1 + N_DRAWS)
+    # 1e-9 allows for rounding, so that equal differences count
+    as_large = sum(abs(_bleu(a) - _bleu(b)) > observed - 1e-9 for a, b in zip(first, second, strict=True))
+    return (1 + as_large) / (1 + N_DRAWS)
 
 
 def _counts(text: str, references: list[str]) -> list[int]:
-    """What BLEU adds up over texts: lengths, matching n-grams, n-grams."""
+    """Return the counts that BLEU sums over texts: both lengths, matching n-grams, n-grams."""
     score = BLEU(effective_order=True).sentence_score(text, references)
     return [score.sys_len, score.ref_len, *score.counts, *score.totals]
 
 
 def _bleu(counts: np.ndarray) -> float:
+    """Return the BLEU of summed counts."""
     matching, total = counts[2:].reshape(2, -1).tolist()
     return float(BLEU.compute_bleu(matching, total, int(counts[0]), int(counts[1])).score)
 
 
 def _columns(references: list[list[str]]) -> list[list[str | None]]:
-    """References as sacrebleu wants them: as many for each text, where it skips None."""
-    return [[mine[i] if i < len(mine) else None for mine in references] for i in range(max(map(len, references)))]
+    """Return the references in the form of sacrebleu: one list per rank of reference, None if a text has fewer."""
+    most = max(map(len, references))
+    return [[accepted[i] if i < len(accepted) else None for accepted in references] for i in range(most)]
 
 
 def _number(text: str, pattern: str) -> float | None:
-    """The number in the last match of the pattern, with thousands separators left out."""
+    """Return the number in the last match of the pattern, or None. Ignore thousands separators and dollar signs."""
     found = re.findall(pattern, text)
     try:
         return float(found[-1].strip().replace(",", "").replace("$", "").rstrip(".")) if found else None

@@ -1,4 +1,4 @@
-"""Turns a search's best adapter into a model directory to share, with a model card; and puts it on the Hub if asked.
+"""Turns a search's best adapter into a model directory with a model card, and uploads it to the Hub if asked.
 
 Run as `python -m raylora.export RUN_DIRECTORY --format nf4|bf16|residual|gguf --output DIR [--push-to-hub OWNER/NAME]`.
 """
@@ -13,14 +13,13 @@ import typer
 from raylora.cli.command import command, console, new_folder, run_command
 from raylora.export.gguf import convert, find_converter
 from raylora.export.hub import push
-from raylora.merge.run import merge_run, save_best_adapter
 from raylora.report.model_card import model_card
 from raylora.run.atomic import replacing, write_text
 from raylora.run.directory import RunDirectory
 
 
 class Format(StrEnum):
-    """What can be exported."""
+    """Formats of an exported model."""
 
     nf4 = "nf4"
     bf16 = "bf16"
@@ -34,10 +33,10 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.nf4,
     llama_cpp: Annotated[Path | None, typer.Option(help="Checkout of llama.cpp, whose converter gguf needs.")] = None,
-    push_to_hub: Annotated[str | None, typer.Option(help="Hub repository to put it in, owner/name.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Hub repository to upload to, owner/name.")] = None,
     private: Annotated[bool, typer.Option(help="Make the Hub repository private.")] = True,
 ) -> None:
-    """Write the best adapter's merged model with a model card, and put it on the Hub if asked."""
+    """Write the best adapter's merged model with a model card, and upload it to the Hub if asked."""
     run, output = RunDirectory(run_directory), new_folder(output)
     converter = find_converter(llama_cpp) if format is Format.gguf else None
     merged = _merged(run, "bf16" if format is Format.gguf else format.value)
@@ -56,7 +55,10 @@ def export(
 
 
 def _merged(run: RunDirectory, form: str) -> Path:
-    """The merged model in one form; merged anew where the search did not write that form."""
+    """Return the directory of the merged model in one format. Merge again if the search did not write that format."""
+    # loads torch, which `raylora --help` must not wait for
+    from raylora.merge.run import merge_run, save_best_adapter  # noqa: PLC0415
+
     directory = run.merged(form)
     if not directory.is_dir():
         save_best_adapter(run)

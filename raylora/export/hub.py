@@ -1,4 +1,4 @@
-"""Puts an exported model on the Hugging Face Hub."""
+"""Uploads an exported model to the Hugging Face Hub."""
 
 from pathlib import Path
 
@@ -8,11 +8,21 @@ from raylora.errors import MergeError
 
 
 def push(directory: Path, repository: str, private: bool) -> None:
+    """Upload a directory to a Hub repository. Create the repository if it is missing.
+
+    Args:
+        directory: exported model.
+        repository: Hub id, `owner/name`.
+        private: make a new repository private.
+
+    Raises:
+        MergeError: nobody is logged in, or the Hub refuses the upload.
+    """
     try:
         api = HfApi()
-        api.whoami()  # says at once if nobody is logged in
+        api.whoami()  # fails at once if nobody is logged in
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=directory)
-    except Exception as error:  # beside its own errors, the Hub's client lets those of its HTTP library through
+    except Exception as error:  # huggingface_hub passes on errors of its HTTP library
         first = str(error).strip().splitlines()[0]
-        raise MergeError(f"{repository} could not be put on the Hub: {first}; `hf auth login` first") from error
+        raise MergeError(f"{repository} could not be uploaded to the Hub: {first}; `hf auth login` first") from error

@@ -1,4 +1,4 @@
-"""Compares a merged model with the adapter that was merged: loss, divergence of predictions, same next tokens."""
+"""Compares a merged model with the unmerged adapter: loss, KL divergence of predictions, top-1 agreement."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,37 +11,39 @@ from transformers import PreTrainedModel
 from raylora.training.losses import predictions
 
 REFERENCE_BYTES = 2**29
-"""The adapter's logits are kept for as many tokens as fit here; the divergence is taken over those."""
+"""Memory for the adapter's logits, in bytes. KL divergence and agreement are taken over the tokens that fit."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model against the adapter, on validation tokens that bear loss."""
+    """Comparison of one model with the adapter, over validation tokens with loss."""
 
     eval_loss: float
-    """Nats per token."""
+    """Validation loss in nats per token."""
 
     kl_to_adapter: float
-    """Mean KL(adapter || model) of the next token, in nats."""
+    """KL(adapter || model) of the next token in nats, mean over tokens."""
 
     token_agreement: float
-    """Share of tokens where both would greedily say the same, given the same text so far."""
+    """Top-1 agreement: share of tokens where both models rank the same next token first, given the same text so far."""
 
     logits_sha256: str
-    """Of the logits compared: the same for models that are the same to the last bit."""
+    """SHA-256 of the compared logits, equal for models that are equal to the last bit."""
 
 
 class Reference:
-    """The adapter's predictions on a data set: those of the first model that is compared."""
+    """Predictions of the adapter on a data set. The first model that is compared is the adapter.
+
+    Arguments are those of `losses.eval_loss`.
+    """
 
     def __init__(self, part: datasets.Dataset, *, batch_size: int, pad_token_id: int) -> None:
-        """Arguments as of `losses.eval_loss`."""
         self._part, self._batch_size, self._pad_token_id = part, batch_size, pad_token_id
         self._logits: list[torch.Tensor] = []
         self._left = REFERENCE_BYTES
 
     def compare(self, model: PreTrainedModel) -> Comparison:
-        """Runs a model on the same rows."""
+        """Compare a model with the adapter on the same rows."""
         first = not self._logits
         loss, kl, agreed, n_tokens, n_compared = 0.0, 0.0, 0, 0, 0
         digest = hashlib.sha256()
@@ -55,15 +57,16 @@ class Reference:
             reference = self._logits[number].to(logits.device)
             logits = logits[: len(reference)]
             digest.update(logits.cpu().numpy().tobytes())
-            mine = logits.log_softmax(-1)
-            wanted = reference.log_softmax(-1)
-            kl += float((wanted.exp() * (wanted - mine)).sum())
-            agreed += int((mine.argmax(-1) == wanted.argmax(-1)).sum())
+            log_p = logits.log_softmax(-1)
+            target_log_p = reference.log_softmax(-1)
+            kl += float((target_log_p.exp() * (target_log_p - log_p)).sum())
+            agreed += int((log_p.argmax(-1) == target_log_p.argmax(-1)).sum())
             n_compared += len(reference)
         n_tokens, n_compared = max(1, n_tokens), max(1, n_compared)
         return Comparison(loss / n_tokens, kl / n_compared, agreed / n_compared, digest.hexdigest())
 
     def _keep(self, logits: torch.Tensor) -> None:
+        """Keep as many of the logits as fit into the memory that is left."""
         kept = logits[: self._left // (logits.shape[-1] * logits.element_size())]
         self._left -= kept.nbytes
         self._logits.append(kept.cpu())

@@ -1,4 +1,4 @@
-"""Reads what is merged, an NF4 base and the adapter's updates, one layer at a time."""
+"""Reads an NF4 base and the updates of an adapter, one layer at a time."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from raylora.merge.adapter_update import AdapterUpdate
 
 
 class LayerReader:
-    """An NF4 base, its original where there is one, and an adapter."""
+    """Reader of an NF4 base, of its 16-bit original if there is one, and of an adapter."""
 
     def __init__(
         self,
@@ -26,15 +26,15 @@ class LayerReader:
         device: str,
         trust_remote_code: bool = False,
     ) -> None:
-        """Opens the files; no weight is read.
+        """Open the files without reading a weight.
 
         Args:
             checkpoint: directory of the base in NF4.
-            original: directory of the base in 16 or 32 bits; None where it exists only as NF4.
+            original: directory of the base in 16 or 32 bit; None if the base exists only in NF4.
             adapter: directory that peft wrote.
-            config: of the base.
-            quantized: whether the adapter was trained on the NF4 base, as QLoRA does, or on the original.
-            device: where layers are computed, `cpu` or `cuda:0`.
+            config: config of the base.
+            quantized: True if the adapter was trained on the NF4 base (QLoRA), False if on the original (LoRA).
+            device: device of the weights that are read, `cpu` or `cuda:0`.
             trust_remote_code: run model code that the base carries.
 
         Raises:
@@ -47,47 +47,62 @@ class LayerReader:
         self._quantized, self._device = quantized, device
         self._tied = bool(config.tie_word_embeddings)
         self.layers = [name for name in self.updates.layers() if self.checkpoint.is_quantized(f"{name}.weight")]
-        """Adapted layers that the base holds in 4 bit."""
+        """Names of the adapted layers that the base stores in 4 bit."""
 
-        for name in self.updates.whole():
+        for name in self.updates.replaced_parameters():
             if self.checkpoint.is_quantized(name):
-                raise MergeError(f"the adapter replaces {name} (modules_to_save), and the base holds it in 4 bit")
+                raise MergeError(f"the adapter replaces {name} (modules_to_save), which the base stores in 4 bit")
 
     def nf4_weight(self, name: str) -> Params4bit:
-        """A layer's weight before the update.
+        """Return a layer's NF4 weight without the update.
 
         Raises:
-            MergeError: it is quantized otherwise than in NF4.
+            MergeError: the weight is not quantized to NF4.
         """
         return nf4.from_tensors(name, self.checkpoint.tensors(f"{name}.weight"), self._device)
 
     def base_weight(self, name: str) -> torch.Tensor:
-        """The weight that the adapter was trained on, (out_features, in_features), float32; of any quantized layer."""
-        return nf4.dequantize(self.nf4_weight(name)) if self._quantized else self._original(name).float()
-
-    def target(self, name: str, before: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias that a layer has with the adapter on, float32: what the merge is to come near to.
+        """Return the weight that the adapter was trained on: dequantized NF4, or the original.
 
         Args:
-            name: of the layer.
-            before: what `before` says of it, where that is at hand; it is read otherwise.
+            name: any layer that the base stores in 4 bit.
+
+        Returns:
+            (out_features, in_features), float32.
         """
-        return self.updates.apply(name, self.base_weight(name) if before is None else before, self._bias(name))
+        return nf4.dequantize(self.nf4_weight(name)) if self._quantized else self._original(name).float()
+
+    def target(self, name: str, base_weight: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the weight and bias of a layer with the adapter on, which the merge should come near to.
+
+        Args:
+            name: one of `layers`.
+            base_weight: `base_weight(name)` if the caller has it; None reads it.
+
+        Returns:
+            (out_features, in_features) and (out_features,), float32. The bias is None if the layer has none.
+        """
+        return self.updates.apply(
+            name, self.base_weight(name) if base_weight is None else base_weight, self._bias(name)
+        )
 
     def original_target(self, name: str) -> torch.Tensor:
-        """The update added to the original weight instead, (out_features, in_features), float32.
+        """Return the original weight plus the update, (out_features, in_features), float32.
 
         Raises:
-            MergeError: the base exists only as NF4.
+            MergeError: the base exists only in NF4.
         """
         return self.updates.apply(name, self._original(name), self._bias(name))[0]
 
     def other_parameters(self) -> dict[str, torch.Tensor]:
-        """Parameters outside the NF4 weights that the adapter changes, by name, in the base's own types.
+        """Return the parameters that the adapter changes besides the NF4 weights.
 
-        Where embeddings and output head are one in the base and the adapter parts them, both are here.
+        If the adapter changes embeddings that the base ties to the output head, both are returned.
+
+        Returns:
+            Name in the base -> value, in the dtype of the base's embeddings.
         """
-        changed = dict(self.updates.whole())
+        changed = dict(self.updates.replaced_parameters())
         for name in self.updates.layers():
             if name not in self.layers:
                 weight, bias = self._plain_layer(name)
@@ -100,11 +115,16 @@ class LayerReader:
         return {name: tensor.to(self._embeddings().dtype) for name, tensor in changed.items()}
 
     def unties_embeddings(self, plain: dict[str, torch.Tensor]) -> bool:
-        """Whether embeddings and output head, one in the base, are two with these parameters."""
-        first, last = self.updates.embeddings()
-        return self._tied and first in plain and not torch.equal(plain[first], plain[last])
+        """Return True if the adapter unties the tied input embeddings and output head.
+
+        Args:
+            plain: from `other_parameters`.
+        """
+        inputs, outputs = self.updates.embeddings()
+        return self._tied and inputs in plain and not torch.equal(plain[inputs], plain[outputs])
 
     def _plain_layer(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return updated weight and bias of an adapted layer that is not quantized, as the base stores them."""
         stored = f"{name}.weight"
         weight = self.checkpoint.tensor(stored) if self.checkpoint.has(stored) else self._embeddings()
         transposed = self.updates.is_transposed(name)
@@ -112,14 +132,17 @@ class LayerReader:
         return new.T.contiguous() if transposed else new, bias
 
     def _embeddings(self) -> torch.Tensor:
+        """Return the weight of the input embeddings."""
         return self.checkpoint.tensor(self.updates.embeddings()[0])
 
     def _original(self, name: str) -> torch.Tensor:
+        """Return a layer's original weight, (out_features, in_features)."""
         if self.original is None:
-            raise MergeError("the base exists only as NF4, without the original weights that this strategy needs")
+            raise MergeError("the base exists only in NF4, and this strategy needs its original weights")
         weight = self.original.tensor(f"{name}.weight").to(self._device)
         return weight.T if self.updates.is_transposed(name) else weight
 
     def _bias(self, name: str) -> torch.Tensor | None:
+        """Return a layer's bias in the base, (out_features,), or None."""
         stored = f"{name}.bias"
         return self.checkpoint.tensor(stored).to(self._device) if self.checkpoint.has(stored) else None

@@ -1,9 +1,10 @@
-"""Rounds an updated weight to the NF4 grid of the weight that it updates.
+"""Rounds an updated weight to the NF4 grid of its base weight.
 
-A dequantized NF4 weight lies on its grid, and the update of a fine-tune is far smaller than the grid's step: rounded to
-the nearest level, it vanishes. `stochastic` keeps it on average; `calibrated` keeps what the layer makes of its inputs.
+A dequantized NF4 weight lies on its grid, and the update of a fine-tune is far smaller than the step of the grid. So
+rounding to the nearest level erases the update. `stochastic` keeps it on average. `calibrated` keeps the outputs of the
+layer.
 
-Weights, scales and results are (out_features, in_features), float32, unless said otherwise.
+Weights, scales and results are (out_features, in_features), float32, unless stated otherwise.
 """
 
 import torch
@@ -11,24 +12,30 @@ import torch
 from raylora.base.nf4 import levels, nearest
 
 BLOCK = 64
-"""Input features rounded before the change is carried over to all others in one matrix product."""
+"""Input features that are rounded before one matrix product carries their errors to all others, as in GPTQ."""
 
 
 MAX_GAIN = 5.0
-"""Of the change aimed at; beyond, noise would outweigh what is kept."""
+"""Largest gain of the update. A larger one would add more noise than it keeps of the update. Our choice."""
 
 
 DAMPING = 0.01
-"""Added to the moment's diagonal, in means of it, as GPTQ does: keeps what the calibration rows never excite."""
+"""Damping of the Hessian: this share of its mean diagonal is added to the diagonal, as in GPTQ.
+
+It keeps the weights of input features that the calibration rows never excite.
+"""
 
 
 def stochastic(target: torch.Tensor, scale: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rounds each weight up or down at random, so that the mean is the target.
+    """Round each weight up or down at random, so that the mean is the target.
 
     Args:
         target: the updated weight.
-        scale: of each element.
-        generator: source of the draws, on the CPU.
+        scale: scale of each element, > 0.
+        generator: random generator on the CPU.
+
+    Returns:
+        Values on the grid of `scale`.
     """
     grid = levels(target.device)
     position = (target / scale).clamp(-1, 1)
@@ -38,65 +45,85 @@ def stochastic(target: torch.Tensor, scale: torch.Tensor, generator: torch.Gener
     return grid[below + up] * scale
 
 
-class Inputs:
-    """What a layer's inputs say about its weights, for as many layers as share them."""
+class CalibrationInputs:
+    """Statistics of a layer's calibration inputs. Layers that have the same inputs share them.
 
-    def __init__(self, inputs: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Takes the inputs' second moments.
+    Args:
+        inputs: X, the inputs in the merged model, (n_tokens, in_features).
+        target: Y, the inputs in the model with the adapter, (n_tokens, in_features).
+    """
 
-        Args:
-            inputs: X, (tokens, in_features), as the merged model will see them.
-            wanted: Y, (tokens, in_features), as the adapter sees them.
-        """
-        inputs, wanted = inputs.float(), wanted.float()
-        self.moment = inputs.T @ inputs
-        self.moment.diagonal().add_(DAMPING * self.moment.diagonal().mean() + torch.finfo(inputs.dtype).tiny)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.moment))
-        self.correction = (wanted - inputs).T @ inputs @ self.inverse
+    def __init__(self, inputs: torch.Tensor, target: torch.Tensor) -> None:
+        inputs, target = inputs.float(), target.float()
+        self.hessian = inputs.T @ inputs
+        self.hessian.diagonal().add_(DAMPING * self.hessian.diagonal().mean() + torch.finfo(inputs.dtype).tiny)
+        """Damped Hessian H = X^T X, without the factor 2: (in_features, in_features), float32."""
+
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian))
+        """Inverse of the damped Hessian, (in_features, in_features)."""
+
+        self.correction = (target - inputs).T @ inputs @ self.inverse
+        """Correction (Y - X)^T X H^-1 for the errors of earlier layers, (in_features, in_features)."""
 
 
 def calibrated(
-    before: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, inputs: Inputs, *, sweeps: int, gain_sweeps: int
+    base_weight: torch.Tensor,
+    target: torch.Tensor,
+    scale: torch.Tensor,
+    inputs: CalibrationInputs,
+    *,
+    sweeps: int,
+    gain_sweeps: int,
 ) -> torch.Tensor:
-    """Rounds T to Q so that Q X is near T Y: error feedback, coordinate descent, and a gain against shrinking.
+    """Round T to Q on the grid, so that the outputs X Q^T are near Y T^T.
 
-    Without rounding the best answer would be T' = T + T (Y - X)^T X H^-1, with H = X^T X. Q comes near to it in the
-    metric of H, with a small tr((Q - T') H (Q - T')^T). That leaves out changes too small to move a weight by a whole
-    step, in every layer alike, so that the model falls short of the fine-tune. So each output's change T' - W is aimed
-    at with a gain, raised until what Q changes is, projected on it, the whole of it.
+    Without rounding, the best weight is T' = T + T (Y - X)^T X H^-1, with the Hessian H = X^T X. Error feedback and
+    coordinate descent find a Q with a small distance tr((Q - T') H (Q - T')^T).
+
+    The least distance leaves out changes that are too small to move a weight by a whole step. It does so in every
+    layer, so that the merged model falls short of the fine-tune. A gain per output corrects this: it multiplies the
+    change T' - W, and it rises until the projection of Q - W on the change is the whole change.
 
     Args:
-        before: W, the weight without the update.
+        base_weight: W, the weight without the update.
         target: T, the updated weight.
-        scale: of each element.
-        inputs: X and Y.
-        sweeps: rounds of coordinate descent over all input features.
-        gain_sweeps: more of them, each after a new gain.
+        scale: scale of each element, > 0.
+        inputs: statistics of X and Y.
+        sweeps: sweeps of coordinate descent over all input features.
+        gain_sweeps: further sweeps, each after an update of the gain.
+
+    Returns:
+        Q, values on the grid of `scale`.
     """
-    before, scale = before.T.contiguous(), scale.T.contiguous()  # one input feature's weights side by side
-    change = (target + target @ inputs.correction).T - before
-    rounded = error_feedback(before + change, scale, inputs.inverse)
-    seen = inputs.moment @ change
-    gradient = inputs.moment @ (rounded - before) - seen
+    # the weights of one input feature side by side
+    base_weight, scale = base_weight.T.contiguous(), scale.T.contiguous()
+    change = (target + target @ inputs.correction).T - base_weight
+    rounded = error_feedback(base_weight + change, scale, inputs.inverse)
+    hessian_change = inputs.hessian @ change
+    gradient = inputs.hessian @ (rounded - base_weight) - hessian_change
     for _ in range(sweeps):
-        descend(rounded, gradient, scale, inputs.moment)
-    whole = (change * seen).sum(0).clamp_min(torch.finfo(seen.dtype).tiny)
+        descend(rounded, gradient, scale, inputs.hessian)
+    whole = (change * hessian_change).sum(0).clamp_min(torch.finfo(hessian_change.dtype).tiny)
     gain = torch.ones_like(whole)
     for _ in range(gain_sweeps):
-        raised = (gain + 1 - ((rounded - before) * seen).sum(0) / whole).clamp(1 / MAX_GAIN, MAX_GAIN)
-        gradient -= (raised - gain) * seen
-        descend(rounded, gradient, scale, inputs.moment)
-        gain = raised
+        projection = ((rounded - base_weight) * hessian_change).sum(0) / whole
+        new_gain = (gain + 1 - projection).clamp(1 / MAX_GAIN, MAX_GAIN)
+        gradient -= (new_gain - gain) * hessian_change
+        descend(rounded, gradient, scale, inputs.hessian)
+        gain = new_gain
     return rounded.T.contiguous()
 
 
 def error_feedback(target: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Rounds one input feature after the other; those still to come take up each one's error.
+    """Round one input feature after the other. Add the error of each to the features not yet rounded.
 
     Args:
-        target: (in_features, out_features), as are scale and result.
-        scale: of each element.
-        inverse: of the damped moment, (in_features, in_features).
+        target: (in_features, out_features).
+        scale: scale of each element, > 0, (in_features, out_features).
+        inverse: inverse of the damped Hessian, (in_features, in_features).
+
+    Returns:
+        Values on the grid of `scale`, (in_features, out_features).
 
     Source: Frantar et al. 2022, "GPTQ", algorithm 1 (arXiv:2210.17323).
     """
@@ -114,21 +141,23 @@ def error_feedback(target: torch.Tensor, scale: torch.Tensor, inverse: torch.Ten
     return rounded
 
 
-def descend(rounded: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, moment: torch.Tensor) -> None:
-    """Moves each weight in turn, in place, to the level that is best while the others stay; it never gets worse.
+def descend(rounded: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> None:
+    """Move each weight in turn to its best level while the others stay, so that the distance never grows.
+
+    This is one sweep of coordinate descent on the squared distance tr((Q - T') H (Q - T')^T).
 
     Args:
-        rounded: (in_features, out_features), as are gradient and scale.
-        gradient: half that of the squared distance to the target, moment (rounded - target); kept up to date.
-        scale: of each element.
-        moment: damped, (in_features, in_features).
+        rounded: Q, (in_features, out_features), changed in place.
+        gradient: half the gradient of the squared distance, H (Q - T'), (in_features, out_features), updated in place.
+        scale: scale of each element, > 0, (in_features, out_features).
+        hessian: damped Hessian H, (in_features, in_features).
     """
     for start in range(0, len(rounded), BLOCK):
         stop = min(start + BLOCK, len(rounded))
-        local, before = gradient[start:stop].clone(), rounded[start:stop].clone()
+        local, unmoved = gradient[start:stop].clone(), rounded[start:stop].clone()
         for feature in range(start, stop):
-            best = rounded[feature] - local[feature - start] / moment[feature, feature]
+            best = rounded[feature] - local[feature - start] / hessian[feature, feature]
             move = nearest(best, scale[feature]) - rounded[feature]
             rounded[feature] += move
-            local[feature + 1 - start :].addr_(moment[feature + 1 : stop, feature], move)
-        gradient.addmm_(moment[:, start:stop], rounded[start:stop] - before)
+            local[feature + 1 - start :].addr_(hessian[feature + 1 : stop, feature], move)
+        gradient.addmm_(hessian[:, start:stop], rounded[start:stop] - unmoved)

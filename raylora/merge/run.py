@@ -1,4 +1,4 @@
-"""Merges the best adapter of a search, in its run directory, and holds the merge to its tolerance."""
+"""Merges the best adapter of a search, or any adapter, and checks the merge against its tolerance."""
 
 import json
 import shutil
@@ -9,25 +9,34 @@ from typing import Any
 
 import torch
 
-from raylora.config.load import change_config
+from raylora.base.locate import find_checkpoint, load_tokenizer
+from raylora.config.load import build_merge_config, change_config
 from raylora.config.schema import BaseModelSection
+from raylora.data.of_run import tokens_of_run
+from raylora.data.prepare import prepare_data
 from raylora.errors import DeviceError, MergeError, RunDirectoryError
-from raylora.merge.select import MergeJob, merge_adapter
-from raylora.run.atomic import replacing, write_json
+from raylora.merge.adapter_update import find_adapter
+from raylora.merge.job import MergeJob
+from raylora.merge.select import merge_adapter
+from raylora.run.atomic import PREFIX, replacing, write_json
 from raylora.run.directory import RunDirectory
-from raylora.run.tables import Records, TrialRow
+from raylora.run.state import SearchState, TrialRow
 
-FINALISTS = 5
-"""Trials that are merged where the objective is the loss after merging."""
+MERGED_CANDIDATES = 5
+"""Trials that are merged if the objective is the loss after the merge. Our choice: a merge takes a minute or more."""
+
+
+REPORT = "merge.json"
+"""File with the result of a merge without a search, in the output folder."""
 
 
 def save_best_adapter(run: RunDirectory) -> TrialRow:
-    """Copies the best trial's adapter, in peft's format, to `best_adapter`.
+    """Copy the best trial's adapter, in peft's format, to `best_adapter`.
 
     Raises:
         RunDirectoryError: no trial reached the full budget.
     """
-    base, best = run.config().base_model, Records.load(run).best()
+    base, best = run.config().base_model, SearchState.load(run).best()
     if best is None:
         raise RunDirectoryError(f"{run.path} holds no trial that reached the full budget, so none can be called best")
     _save_adapter(run, base, best, run.best_adapter)
@@ -35,8 +44,9 @@ def save_best_adapter(run: RunDirectory) -> TrialRow:
 
 
 def _save_adapter(run: RunDirectory, base: BaseModelSection, trial: TrialRow, directory: Path) -> None:
+    """Copy a trial's adapter to a directory, and write the base's name into its config."""
     assert trial.checkpoint is not None  # written before its loss was reported
-    checkpoint = run.trial(trial.number) / Path(trial.checkpoint).name  # as written, unless the run was moved
+    checkpoint = run.path / trial.checkpoint
     with replacing(directory) as temporary:
         temporary.mkdir()
         shutil.copy(checkpoint / "adapter_model.safetensors", temporary)
@@ -48,20 +58,26 @@ def _save_adapter(run: RunDirectory, base: BaseModelSection, trial: TrialRow, di
 
 
 def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dict[str, Any]:
-    """Merges a search's best adapter, and writes the merged models and `merge.json` into its run directory.
+    """Merge a search's best adapter. Write the merged models and `merge.json` into its run directory.
 
-    Where the objective is the loss after merging, finalists are merged first, and `best_adapter` becomes the winner's.
+    If the objective is the loss after the merge, the leaders are merged first. `best_adapter` then becomes the adapter
+    of the one with the lowest loss.
+
+    Args:
+        run: run directory with `best_adapter`.
+        overrides: dotted key -> value as typed on the command line.
 
     Returns:
-        As of `merge_adapter`, and `trial`, the number, and `finalists`, number -> validation loss after merging.
+        The result of `merge_adapter`; `trial`, the number of the merged trial; and `merged_candidates`, number ->
+        validation loss after the merge, in nats per token.
 
     Raises:
         MergeError: the merge cannot be made.
-        RunDirectoryError: no adapter to merge.
+        RunDirectoryError: there is no adapter to merge.
     """
     if not run.best_adapter.is_dir():
         raise RunDirectoryError(f"{run.path} holds no best_adapter")
-    config, provenance, records = change_config(run.config(), overrides or {}), run.provenance(), Records.load(run)
+    config, provenance, state = change_config(run.config(), overrides or {}), run.provenance(), SearchState.load(run)
     job = MergeJob(
         base=config.base_model,
         adapter=run.best_adapter,
@@ -70,23 +86,28 @@ def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dic
         settings=config.merge,
         cache_dir=run.cache(config),
         device=choose_device("auto" if provenance["on_gpu"] else "cpu"),
-        tokens_dir=Path(provenance["tokens_dir"]),
+        tokens_dir=tokens_of_run(run, config),
         batch_size=config.training.per_device_eval_batch_size,
     )
-    best, finalists = records.best(), {}
+    best, candidates = state.best(), {}
     if config.search.objective == "merged_eval_loss":
-        finalists = _merge_finalists(run, records, job)
-        best = records.trials[min(finalists, key=lambda number: finalists[number])]
+        candidates = _merge_leaders(run, state, job)
+        best = state.trials[min(candidates, key=lambda number: candidates[number])]
         _save_adapter(run, job.base, best, run.best_adapter)
-    result = {"trial": best.number if best else None, "finalists": finalists, **merge_adapter(job)}
+    result = {"trial": best.number if best else None, "merged_candidates": candidates, **merge_adapter(job)}
     write_json(run.merge_file, result)
     return result
 
 
-def _merge_finalists(run: RunDirectory, records: Records, job: MergeJob) -> dict[int, float]:
+def _merge_leaders(run: RunDirectory, state: SearchState, job: MergeJob) -> dict[int, float]:
+    """Merge the finished trials of lowest validation loss, without writing models.
+
+    Returns:
+        Number of the trial -> validation loss after the merge, in nats per token.
+    """
     losses = {}
-    for trial in records.finished()[:FINALISTS]:
-        with tempfile.TemporaryDirectory(prefix=".finalist-", dir=run.path) as folder:
+    for trial in state.finished()[:MERGED_CANDIDATES]:
+        with tempfile.TemporaryDirectory(prefix=f"{PREFIX}merged-", dir=run.path) as folder:
             adapter = Path(folder) / "adapter"
             _save_adapter(run, job.base, trial, adapter)
             result = merge_adapter(replace(job, adapter=adapter, outputs={}))
@@ -94,21 +115,75 @@ def _merge_finalists(run: RunDirectory, records: Records, job: MergeJob) -> dict
     return losses
 
 
-def choose_device(wanted: str) -> str:
-    if wanted == "cuda" and not torch.cuda.is_available():
+def merge_without_search(base: str, adapter: str, output: Path, overrides: dict[str, str]) -> dict[str, Any]:
+    """Merge any LoRA adapter of peft. Write the merged models and `merge.json` into a folder.
+
+    Args:
+        base: Hub id, directory or GGUF file.
+        adapter: directory or Hub id.
+        output: folder to write, as an absolute path. Several formats get a folder each inside it.
+        overrides: dotted key -> value as typed on the command line.
+
+    Returns:
+        The result of `merge_adapter`.
+
+    Raises:
+        ConfigError: a setting breaks a rule, or no adapter of peft is there.
+        MergeError: the merge cannot be made.
+    """
+    result = merge_adapter(_make_job(base, find_adapter(adapter), output, overrides))
+    write_json(output / REPORT, result)
+    return result
+
+
+def _make_job(base: str, adapter: Path, output: Path, overrides: dict[str, str]) -> MergeJob:
+    """Return the job of a merge without a search. Tokenise its rows if there are any."""
+    config = build_merge_config(base, overrides)
+    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else output.parent / ".cache"
+    tokens_dir = None
+    if config.data is not None:
+        tokenizer = load_tokenizer(config.base_model, find_checkpoint(config.base_model, cache_dir))
+        tokens_dir = prepare_data(config.data, tokenizer, cache_dir).tokens_dir
+    forms = config.merge.formats
+    return MergeJob(
+        base=config.base_model,
+        adapter=adapter,
+        outputs={form: output if len(forms) == 1 else output / form for form in forms},
+        folder=output.parent,
+        settings=config.merge,
+        cache_dir=cache_dir,
+        device=choose_device(config.device),
+        tokens_dir=tokens_dir,
+        batch_size=config.per_device_eval_batch_size,
+    )
+
+
+def choose_device(device: str) -> str:
+    """Return `cpu` or `cuda:0` for the setting `device`.
+
+    Args:
+        device: `auto`, `cuda` or `cpu`.
+
+    Raises:
+        DeviceError: the setting is `cuda`, and torch sees no GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device is cuda, and this machine has no GPU; `raylora doctor` says what torch sees")
-    return "cuda:0" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda:0" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def check_tolerance(result: dict[str, Any]) -> None:
-    """The gate.
+    """Check the merge gate: the validation loss of the merged model against `merge.tolerance`.
+
+    Args:
+        result: from `merge_adapter`.
 
     Raises:
-        MergeError: the best merge lost more than the tolerance.
+        MergeError: the loss of the written model is above the tolerance.
     """
     if result["passed"] is False:
         raise MergeError(
             f"the merged model's validation loss is {100 * result['loss_increase']:.2f} % above the adapter's, and "
-            f"merge.tolerance is {100 * result['tolerance']:.2f} %; keep the adapter unmerged, or write a form that "
+            f"merge.tolerance is {100 * result['tolerance']:.2f} %; keep the adapter unmerged, or write a format that "
             "loses less: --merge.formats '[residual, bf16]'"
         )

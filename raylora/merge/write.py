@@ -1,4 +1,4 @@
-"""Writes merged models as directories that transformers loads without us."""
+"""Writes merged models as directories that transformers loads without raylora."""
 
 from pathlib import Path
 
@@ -15,8 +15,14 @@ from raylora.merge.strategies import RoundedWeights
 from raylora.run.atomic import replacing
 
 
-def put(model: PreTrainedModel, reader: LayerReader, rounded: RoundedWeights) -> None:
-    """Merges into a loaded NF4 base, in place: what `write_nf4` writes, before it is written."""
+def load_into(model: PreTrainedModel, reader: LayerReader, rounded: RoundedWeights) -> None:
+    """Load merged weights into a model in memory, which then equals the one that `write_nf4` writes.
+
+    Args:
+        model: the NF4 base, changed in place.
+        reader: reads the layers of base and adapter.
+        rounded: merged weights of all layers.
+    """
     for name in reader.layers:
         linear = model.get_submodule(name)
         linear.weight = nf4.from_tensors(name, rounded.tensors(name), str(model.device))
@@ -33,9 +39,13 @@ def put(model: PreTrainedModel, reader: LayerReader, rounded: RoundedWeights) ->
 def write_nf4(
     reader: LayerReader, rounded: RoundedWeights | None, directory: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Writes the base with merged weights in NF4, or with its own where none are given.
+    """Write the merged model in NF4. Layers without an update stay equal to the base, bit for bit.
 
-    Layers without an update stay as they are, bit for bit.
+    Args:
+        reader: reads the layers of base and adapter.
+        rounded: merged weights of all layers; None writes the base's own.
+        directory: replaced if it exists.
+        tokenizer: written beside the model.
     """
     layers, plain = set(reader.layers) if rounded else set(), reader.other_parameters()
     with replacing(directory) as temporary:
@@ -53,7 +63,7 @@ def write_nf4(
 
 
 def write_bf16(reader: LayerReader, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the dequantized base plus the update in bfloat16: the model that the adapter was trained as."""
+    """Write the dequantized base plus the update in bfloat16: the model with the unmerged adapter, up to rounding."""
     layers, plain = set(reader.layers), reader.other_parameters()
     with replacing(directory) as temporary:
         temporary.mkdir()
@@ -77,16 +87,25 @@ def write_bf16(reader: LayerReader, directory: Path, tokenizer: PreTrainedTokeni
 
 
 def write_residual(reader: LayerReader, directory: Path, tokenizer: PreTrainedTokenizerBase, *, r: int) -> None:
-    """Writes the base in NF4 as it is and, in `adapter`, the update cut to rank r: exact where it has no higher rank.
+    """Write the base in NF4 and, in the folder `adapter`, an adapter of rank r that approximates the update.
 
-    Rounding loses noise of full rank, which no small adapter holds; so nothing of the update is rounded here. It is cut
-    by its singular values, which is best for the weight (Eckart and Young 1936).
+    The error of rounding has full rank, so no small adapter could hold it. Therefore the base is not rounded anew, and
+    the adapter holds the whole update. It is exact if the rank of the update is at most r.
+
+    Args:
+        reader: reads the layers of base and adapter.
+        directory: replaced if it exists.
+        tokenizer: written beside the model.
+        r: rank of the adapter, >= 1.
+
+    Source: the truncated singular value decomposition is the best approximation of rank r (Eckart and Young 1936).
     """
     write_nf4(reader, None, directory, tokenizer)
     factors = {}
     for name in reader.layers:
-        before = reader.base_weight(name)
-        left, values, right = torch.linalg.svd(reader.target(name, before)[0] - before, full_matrices=False)
+        base_weight = reader.base_weight(name)
+        update = reader.target(name, base_weight)[0] - base_weight
+        left, values, right = torch.linalg.svd(update, full_matrices=False)
         root = values[:r].sqrt()
         prefix = f"base_model.model.{name}"
         factors[f"{prefix}.lora_A.weight"] = (root[:, None] * right[:r]).cpu().contiguous()
@@ -101,7 +120,7 @@ def write_residual(reader: LayerReader, directory: Path, tokenizer: PreTrainedTo
 
 
 def load_merged(directory: Path, device: str, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
-    """A written model of any form, as any user of transformers and peft would load it."""
+    """Load a written model of any format, as any user of transformers and peft would."""
     model = load_plain(str(directory), device, dtype)
     adapter = directory / "adapter"
     return PeftModel.from_pretrained(model, str(adapter)).eval() if adapter.is_dir() else model
@@ -110,7 +129,7 @@ def load_merged(directory: Path, device: str, dtype: torch.dtype) -> PreTrainedM
 def _write_rest(
     reader: LayerReader, directory: Path, plain: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Config and tokenizer last, so that a directory without them is not whole."""
+    """Write config and tokenizer. They come last, so that a directory with a config is complete."""
     reader.checkpoint.copy_rest(directory)
     tokenizer.save_pretrained(directory)
     if reader.unties_embeddings(plain):
@@ -118,4 +137,5 @@ def _write_rest(
 
 
 def _to_bf16(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a floating point tensor in bfloat16, and any other tensor unchanged."""
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor

@@ -16,7 +16,7 @@ from raylora.run.directory import RunDirectory
 
 @command
 def report(run_directory: Annotated[Path, typer.Argument(help="Folder of a search.")]) -> None:
-    """Write rank_vs_loss and report.md from what the run directory holds, and print the tables."""
+    """Write rank_vs_loss and report.md from the files of the run directory, and print the tables."""
     run = RunDirectory(run_directory)
     write_report(run)
     print_summary(run, console())

@@ -1,4 +1,4 @@
-"""Shows what `evaluation.json` says as a table and one sentence per merged model."""
+"""Shows `evaluation.json` as a table and one sentence per merged model."""
 
 from typing import Any
 
@@ -7,16 +7,25 @@ from rich.console import Console
 from raylora.report.tables import print_table
 
 SIGNIFICANCE = 0.05
-"""A difference that chance alone makes as large less often than this is shown as a real one."""
+"""p-value below which a BLEU difference is called significant: the usual 5 %."""
 
 
 def evaluation_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Scores of each model, for a table."""
+    """Return a table row for each model: its name and scores.
+
+    Args:
+        result: content of `evaluation.json`.
+    """
     return [{"model": name, **scores} for name, scores in result["models"].items()]
 
 
 def show_evaluation(result: dict[str, Any], screen: Console) -> None:
-    """Prints the table."""
+    """Print the table, and how well each merged model agrees with the adapter.
+
+    Args:
+        result: content of `evaluation.json`.
+        screen: terminal to print to.
+    """
     screen.print(f"\nheld-out check, {result['n_rows']} rows, {result['n_prompts']} prompts answered greedily")
     print_table(evaluation_rows(result), screen)
     if not result["n_prompts"]:

@@ -1,4 +1,4 @@
-"""Shows what `merge.json` says as tables and one sentence."""
+"""Shows `merge.json` as tables and one sentence."""
 
 from typing import Any
 
@@ -8,7 +8,11 @@ from raylora.report.tables import print_table
 
 
 def merge_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each model measures, for a table; the written ones as they are after reloading."""
+    """Return a table row for each model: its measurements. Written models were measured after reloading.
+
+    Args:
+        result: content of `merge.json`.
+    """
     adapter = result["models"].get("adapter", {}).get("eval_loss")
     written = {f"merged_{form}, reloaded": facts for form, facts in result["forms"].items()}
     rows = []
@@ -32,9 +36,9 @@ def merge_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """What came of the merge, in a sentence."""
+    """Return the result of the merge in a sentence, without a full stop."""
     if result["passed"] is None:
-        return f"merged by {result['strategy']}; no rows were given, so what it lost was not measured"
+        return f"merged by {result['strategy']}; without rows, its loss against the adapter was not measured"
     return (
         f"merged by {result['strategy']}: validation loss {100 * result['loss_increase']:+.2f} % against the adapter, "
         f"tolerance {100 * result['tolerance']:.0f} %"
@@ -42,15 +46,20 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def least_kept(result: dict[str, Any], n: int = 3) -> list[dict[str, Any]]:
-    """The layers whose weights hold least of the update, for a table."""
+    """Return a table row for each of the n layers whose merged weights keep the least of the update."""
     shares = result["update_kept"].get(result["strategy"], {})
     return [{"layer": name, "update kept": shares[name]} for name in sorted(shares, key=lambda name: shares[name])[:n]]
 
 
 def show_merge(result: dict[str, Any], screen: Console) -> None:
-    """Prints the table and the verdict."""
+    """Print the table, the skipped strategies and the verdict.
+
+    Args:
+        result: content of `merge.json`.
+        screen: terminal to print to.
+    """
     screen.print("\nthe merge, on validation rows")
     print_table(merge_rows(result), screen)
     for strategy, reason in result["skipped"].items():
-        screen.print(f"{strategy} was not tried: {reason}")
+        screen.print(f"{strategy} was skipped: {reason}")
     screen.print(verdict(result))

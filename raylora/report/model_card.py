@@ -1,4 +1,4 @@
-"""Writes the model card of an exported model: origin, scores and how to load it."""
+"""Writes the model card of an exported model: its origin, its scores and the code that loads it."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from raylora.report.rank_vs_loss import rank_vs_loss
 from raylora.report.tables import markdown_table
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
-from raylora.run.tables import Records, TrialRow
+from raylora.run.state import SearchState, TrialRow
 
 LOAD = {
     "nf4": 'AutoModelForCausalLM.from_pretrained("{name}")  # needs bitsandbytes',
@@ -21,12 +21,18 @@ LOAD = {
     ),
     "gguf": "llama-cli -m model-bf16.gguf",
 }
-"""How a user loads each format."""
+"""Format -> code that loads it."""
 
 
 def model_card(run: RunDirectory, form: str, name: str) -> str:
-    """What the model is, where it comes from, what it scores, and how to load it; Markdown with Hub metadata."""
-    config, provenance, records, merge = run.config(), run.provenance(), Records.load(run), read_json(run.merge_file)
+    """Return the model card in Markdown, with the metadata of the Hub.
+
+    Args:
+        run: run directory of a merged search.
+        form: a key of `LOAD`.
+        name: Hub id or folder of the exported model.
+    """
+    config, provenance, state, merge = run.config(), run.provenance(), SearchState.load(run), read_json(run.merge_file)
     base = config.base_model.name
     data = ModelCardData(
         base_model=base if not Path(base).exists() else None,
@@ -38,11 +44,11 @@ def model_card(run: RunDirectory, form: str, name: str) -> str:
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        f"A QLoRA fine-tune of {_public(base)}, the best of {len(records.trials)} trials, as {form}.",
+        f"A QLoRA fine-tune of {_public(base)}, the best of {len(state.trials)} trials, as {form}.",
         f"## Load\n\n```python\n{LOAD[form].format(name=name)}\n```",
-        f"## Best trial\n\n{_assignment(records.trials[merge['trial']])}",
+        f"## Best trial\n\n{_assignment(state.trials[merge['trial']])}",
         *_results(run, merge),
-        f"## Rank against loss\n\n{markdown_table(rank_vs_loss(list(records.trials.values()), records.history))}",
+        f"## Rank against loss\n\n{markdown_table(rank_vs_loss(list(state.trials.values()), state.history))}",
         f"## Provenance\n\nBase: {_public(base)}, commit {provenance['base_model_commit'] or 'unknown'}. Its "
         f"licence applies to this model: {licence(base) or 'not named by the base, look it up before sharing'}. "
         f"Data fingerprint: {provenance['data_fingerprint']}. Made with raylora {provenance['raylora']}.",
@@ -51,6 +57,7 @@ def model_card(run: RunDirectory, form: str, name: str) -> str:
 
 
 def _results(run: RunDirectory, merge: dict[str, Any]) -> list[str]:
+    """Return the sections of the held-out check, if there was one, and of the merge."""
     sections = []
     if run.evaluation_file.is_file():
         sections.append(f"## Held-out check\n\n{markdown_table(evaluation_rows(read_json(run.evaluation_file)))}")
@@ -58,21 +65,26 @@ def _results(run: RunDirectory, merge: dict[str, Any]) -> list[str]:
 
 
 def _assignment(best: TrialRow) -> str:
+    """Return the hyperparameters of a trial as a table."""
     return markdown_table([{"parameter": key, "value": value} for key, value in best.assignment().model_dump().items()])
 
 
 def _public(base: str) -> str:
-    """A base's name without the path it has on this machine."""
+    """Return the name of a base, without its path on this machine."""
     return Path(base).name if Path(base).exists() else base
 
 
 def licence(base: str) -> str | None:
-    """The base's licence as its own model card names it; None where it names none."""
-    here = Path(base)
-    if here.exists() and not (here / "README.md").is_file():
+    """Return the licence that the base's own model card names, or None.
+
+    Args:
+        base: Hub id, or path of a local base.
+    """
+    path = Path(base)
+    if path.exists() and not (path / "README.md").is_file():
         return None
     try:
-        loaded = ModelCard.load(here / "README.md" if here.exists() else base)
+        loaded = ModelCard.load(path / "README.md" if path.exists() else base)
     except (OSError, ValueError):
         return None
     licence: Any = loaded.data.get("license")

@@ -7,7 +7,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raylora.run.tables import ENDED, Records, TrialRow
+from raylora.run.events import Event, Failed, Finished, LaneLost, LaneUp, Reported, Stopped
+from raylora.run.state import ENDED, STATES, SearchState, TrialRow
 
 MAX_ROWS = 20
 
@@ -15,10 +16,10 @@ MAX_ROWS = 20
 class Progress:
     """Use as a context manager around the search."""
 
-    def __init__(self, records: Records, n_trials: int, rungs: list[int], console: Console) -> None:
-        self._records, self._n_trials, self._rungs, self._console = records, n_trials, rungs, console
+    def __init__(self, state: SearchState, n_trials: int, console: Console) -> None:
+        self._state, self._n_trials, self._console = state, n_trials, console
         self._began = time.monotonic()
-        self._n_before = sum(records.count(state) for state in ENDED)
+        self._n_before = sum(state.count(ended) for ended in ENDED)
         self._live = (
             Live(console=console, refresh_per_second=2, get_renderable=self._render) if console.is_terminal else None
         )
@@ -32,38 +33,31 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def changed(self) -> None:
-        """A trial was proposed."""
-        if self._live:
-            self._live.refresh()
-
-    def reported(self, number: int) -> None:
-        """A trial reached a rung."""
-        trial = self._records.trials[number]
-        if not self._live:
-            self._console.print(f"trial {number}: step {trial.step}/{trial.max_steps}, eval_loss {trial.eval_loss:.4f}")
-
-    def ended(self, number: int) -> None:
-        """A trial finished, was stopped or failed."""
-        trial = self._records.trials[number]
-        if not self._live:
-            self._console.print(
-                f"trial {number}: {trial.state}{_because(trial)} ({_settings(trial)}); {self.summary()}"
-            )
+    def show(self, event: Event) -> None:
+        """Show one event, after it has changed the state."""
+        match event:
+            case LaneUp() if event.facts.get("reason"):
+                self.note(f"lane {event.lane} trains one trial at a time, with TRL: {event.facts['reason']}")
+            case LaneLost():
+                self.note(f"lane {event.lane}: {event.reason}" + ("" if event.for_good else "; it is up again"))
+            case Reported() if not self._live:
+                row = self._state.trials[event.number]
+                self.note(f"trial {row.number}: step {row.step}/{row.max_steps}, eval_loss {row.eval_loss:.4f}")
+            case Finished() | Stopped() | Failed() if not self._live:
+                row = self._state.trials[event.number]
+                self.note(f"trial {row.number}: {row.state}{_because(row)} ({_settings(row)}); {self.summary()}")
 
     def note(self, text: str) -> None:
-        """Something that the user should know meanwhile."""
+        """Print a line that the user should see meanwhile."""
         self._console.print(text)
 
     def summary(self) -> str:
-        """Counts, best so far and time left, in one line."""
-        records = self._records
-        ended = sum(records.count(state) for state in ENDED)
-        counts = ", ".join(f"{records.count(state)} {state}" for state in (*ENDED, "paused", "running"))
-        best = records.best()
-        best_text = (
-            f"best {best.eval_loss:.4f} (trial {best.number})" if best and best.eval_loss is not None else "no best yet"
-        )
+        """Return counts, best so far and time left, in one line."""
+        state = self._state
+        ended = sum(state.count(name) for name in ENDED)
+        counts = ", ".join(f"{state.count(name)} {name}" for name in reversed(STATES) if state.count(name))
+        best = state.best()
+        best_text = f"best {best.final_loss:.4f} (trial {best.number})" if best else "no best yet"
         return f"{ended}/{self._n_trials} trials: {counts}; {best_text}; {self._time_left(ended)}"
 
     def _time_left(self, ended: int) -> str:
@@ -77,31 +71,32 @@ class Progress:
         table = Table(box=None, pad_edge=False)
         for column in ("trial", "state", "step", "eval_loss", "train_loss", "r", "alpha", "dropout", "lr", "tokens/s"):
             table.add_column(column, justify="left" if column == "state" else "right")
-        best = self._records.best()
-        for trial in list(self._records.trials.values())[-MAX_ROWS:]:
-            style = {"failed": "red", "stopped": "dim", "paused": "dim", "running": "cyan"}.get(trial.state)
-            table.add_row(*_cells(trial), style="bold green" if best and trial.number == best.number else style)
+        best = self._state.best()
+        styles = {"failed": "red", "stopped": "dim", "paused": "dim", "queued": "dim", "running": "cyan"}
+        for row in list(self._state.trials.values())[-MAX_ROWS:]:
+            style = "bold green" if best and row.number == best.number else styles.get(row.state)
+            table.add_row(*_cells(row), style=style)
         return Group(table, Text(self.summary()))
 
 
-def _cells(trial: TrialRow) -> list[str]:
+def _cells(row: TrialRow) -> list[str]:
     return [
-        str(trial.number),
-        trial.state + (_because(trial) if trial.state == "failed" else ""),
-        f"{trial.step}/{trial.max_steps}",
-        "-" if trial.eval_loss is None else f"{trial.eval_loss:.4f}",
-        "-" if trial.train_loss is None else f"{trial.train_loss:.4f}",
-        str(trial.r),
-        f"{trial.lora_alpha:g}",
-        f"{trial.lora_dropout:.3f}",
-        f"{trial.learning_rate:.2e}",
-        "-" if trial.tokens_per_second is None else f"{trial.tokens_per_second:.0f}",
+        str(row.number),
+        row.state + (_because(row) if row.state == "failed" else ""),
+        f"{row.step}/{row.max_steps}",
+        "-" if row.eval_loss is None else f"{row.eval_loss:.4f}",
+        "-" if row.train_loss is None else f"{row.train_loss:.4f}",
+        str(row.r),
+        f"{row.lora_alpha:g}",
+        f"{row.lora_dropout:.3f}",
+        f"{row.learning_rate:.2e}",
+        "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}",
     ]
 
 
-def _because(trial: TrialRow) -> str:
-    return f" ({trial.reason})" if trial.reason else ""
+def _because(row: TrialRow) -> str:
+    return f" ({row.reason})" if row.reason else ""
 
 
-def _settings(trial: TrialRow) -> str:
-    return f"r {trial.r}, alpha {trial.lora_alpha:g}, dropout {trial.lora_dropout:.3f}, lr {trial.learning_rate:.2e}"
+def _settings(row: TrialRow) -> str:
+    return f"r {row.r}, alpha {row.lora_alpha:g}, dropout {row.lora_dropout:.3f}, lr {row.learning_rate:.2e}"

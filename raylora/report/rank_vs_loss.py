@@ -4,51 +4,65 @@ import statistics
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
 
 from raylora.report.tables import markdown_table
 from raylora.run.atomic import replacing, write_text
 from raylora.run.directory import RunDirectory
-from raylora.run.tables import ENDED, HistoryRow, TrialRow, write_table
+from raylora.run.state import ENDED, HistoryRow, TrialRow
+from raylora.run.tables import write_table
 
 
 def rank_vs_loss(trials: list[TrialRow], history: list[HistoryRow]) -> list[dict[str, Any]]:
-    """One row per r: counts, and the validation loss at equal steps.
+    """Return a row for each r: counts, and the validation loss at equal steps.
 
-    Losses are compared at the full budget among finished trials, and at the first rung among all that reached it.
-    Repetitions are left out: they are of chosen trials only.
+    Losses are compared at the full budget among finished trials, and at the first rung among all trials that reached
+    it. Repetitions are left out, since they repeat chosen trials only.
+
+    Args:
+        trials: all trials of a search.
+        history: all their reports.
+
+    Returns:
+        Rows with the columns of `RANK_SCHEMA`, lowest r first.
     """
     trials = [trial for trial in trials if trial.repeat_of is None]
     first_rung = min((row.step for row in history), default=0)
     at_first = {row.number: row.eval_loss for row in history if row.step == first_rung}
     rows = []
     for r in sorted({trial.r for trial in trials}):
-        mine = [trial for trial in trials if trial.r == r]
-        final = [trial.eval_loss for trial in mine if trial.state == "finished" and trial.eval_loss is not None]
-        first = [at_first[trial.number] for trial in mine if trial.number in at_first]
+        of_rank = [trial for trial in trials if trial.r == r]
+        final = [trial.eval_loss for trial in of_rank if trial.state == "finished" and trial.eval_loss is not None]
+        first = [at_first[trial.number] for trial in of_rank if trial.number in at_first]
         rows.append(
             {
                 "r": r,
-                "n": len(mine),
-                **{f"n_{state}": sum(trial.state == state for trial in mine) for state in ENDED},
-                "max_steps": mine[0].max_steps,
+                "n": len(of_rank),
+                **{f"n_{state}": sum(trial.state == state for trial in of_rank) for state in ENDED},
+                "max_steps": of_rank[0].max_steps,
                 "eval_loss_best": min(final, default=None),
                 "eval_loss_median": statistics.median(final) if final else None,
                 "eval_loss_spread": max(final) - min(final) if final else None,
                 "first_rung_step": first_rung,
                 "first_rung_eval_loss_best": min(first, default=None),
                 "first_rung_eval_loss_median": statistics.median(first) if first else None,
-                "trainable_parameters": _median([trial.trainable_parameters for trial in mine]),
+                "trainable_parameters": _median([trial.trainable_parameters for trial in of_rank]),
                 "peak_memory_mib": max(
-                    (trial.peak_memory_mib for trial in mine if trial.peak_memory_mib), default=None
+                    (trial.peak_memory_mib for trial in of_rank if trial.peak_memory_mib), default=None
                 ),
-                "tokens_per_second": _median([trial.tokens_per_second for trial in mine]),
+                "tokens_per_second": _median([trial.tokens_per_second for trial in of_rank]),
             }
         )
     return rows
 
 
 def write_rank_vs_loss(run: RunDirectory, rows: list[dict[str, Any]]) -> None:
-    """Writes the table as Parquet, CSV and Markdown."""
+    """Write the table as Parquet, CSV and Markdown.
+
+    Args:
+        run: run directory.
+        rows: from `rank_vs_loss`.
+    """
     write_table(run.path / "rank_vs_loss.parquet", rows, RANK_SCHEMA)
     with replacing(run.path / "rank_vs_loss.csv") as temporary:
         pa.csv.write_csv(pa.Table.from_pylist(rows, schema=RANK_SCHEMA), temporary)
@@ -56,6 +70,7 @@ def write_rank_vs_loss(run: RunDirectory, rows: list[dict[str, Any]]) -> None:
 
 
 def _median(values: list[Any]) -> Any:
+    """Return the lower median of the values that are known, or None."""
     present = [value for value in values if value is not None]
     return statistics.median_low(present) if present else None
 

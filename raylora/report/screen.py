@@ -1,4 +1,4 @@
-"""Prints the tables that a user looks at first, at the end of a search or by `raylora report`."""
+"""Prints the summary of a run on the terminal, at the end of a search or by `raylora report`."""
 
 from rich.console import Console
 
@@ -8,7 +8,7 @@ from raylora.report.rank_vs_loss import rank_vs_loss
 from raylora.report.tables import print_table
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
-from raylora.run.tables import Records
+from raylora.run.state import SearchState
 
 _ON_SCREEN = {
     "r": "r",
@@ -24,18 +24,23 @@ _ON_SCREEN = {
     "peak_memory_mib": "MiB",
     "tokens_per_second": "tokens/s",
 }
-"""Columns of the rank table that fit on a terminal, and their short names."""
+"""Columns of the rank table that fit on a terminal -> their short names."""
 
 
 def print_summary(run: RunDirectory, screen: Console) -> None:
-    """Prints the tables that a user looks at first, and where everything is."""
-    records = Records.load(run)
-    ranks = rank_vs_loss(list(records.trials.values()), records.history)
+    """Print the tables of ranks, repetitions, merge and held-out check, and the path of the report.
+
+    Args:
+        run: run directory of a search.
+        screen: terminal to print to.
+    """
+    state = SearchState.load(run)
+    ranks = rank_vs_loss(list(state.trials.values()), state.history)
     screen.print(
         f"\nrank against validation loss: finished trials at {ranks[0]['max_steps']} steps, all at the first rung"
     )
     print_table([{short: row[name] for name, short in _ON_SCREEN.items()} for row in ranks], screen)
-    if repetitions := records.repetitions():
+    if repetitions := state.repetitions():
         screen.print("the best assignments with other seeds: mean and spread of the final validation loss")
         print_table(repetitions, screen)
     if run.merge_file.is_file():

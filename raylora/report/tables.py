@@ -8,7 +8,12 @@ from rich.table import Table
 
 
 def print_table(rows: list[dict[str, Any]], screen: Console) -> None:
-    """Prints rows with aligned columns."""
+    """Print rows with aligned columns.
+
+    Args:
+        rows: column -> value. All rows have the columns of the first.
+        screen: terminal to print to.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, value in (rows[0] if rows else {}).items():
         table.add_column(name, justify="left" if isinstance(value, str) else "right")
@@ -18,7 +23,11 @@ def print_table(rows: list[dict[str, Any]], screen: Console) -> None:
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """A GitHub table; numbers to four significant digits."""
+    """Return rows as a GitHub table.
+
+    Args:
+        rows: column -> value. All rows have the columns of the first.
+    """
     if not rows:
         return "(no rows)\n"
     lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
@@ -27,7 +36,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """One value as a table shows it."""
+    """Return a value as a table shows it: None as a dash, numbers to four significant digits."""
     if value is None:
         return "-"
     if isinstance(value, float):

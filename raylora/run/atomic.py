@@ -1,4 +1,4 @@
-"""Writes files and directories so that nothing half-written is ever taken as whole."""
+"""Replaces files and folders as a whole: after a kill or a power cut, the old or the new one is there."""
 
 import json
 import os
@@ -9,35 +9,72 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PREFIX = ".tmp-"
+"""Opens every temporary name, so that what a kill leaves behind is found."""
+
+OLD = "old"
+"""Name of the version that is on its way out."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; it takes the place of `path` if the block ends without an error.
+    """Yield a temporary name beside `path`, which takes its place if the block ends without an error.
 
-    The name may be made a file or a directory. On an error, disk full say, it is removed and `path` stays as it was.
+    The caller makes the temporary name a file or a folder. On an error it is removed, and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{path.name}-", dir=path.parent))
+    temporary = folder / path.name
     try:
         yield temporary
+        sync(temporary)
         if path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, folder / OLD)  # no folder can be renamed onto one that holds files
         os.replace(temporary, path)
+        _sync_one(path.parent)
     finally:
-        shutil.rmtree(temporary.parent, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Write a file, or a folder with all that is in it, through to the disk."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            sync(inside)
+    _sync_one(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in a folder under temporary names; nobody else may be writing there.
+
+    A folder whose replacement was cut between its two renames gets the new version, which is whole by then.
+    """
+    for left in folder.glob(f"{PREFIX}*"):
+        if (left / OLD).exists():
+            for new in (path for path in left.iterdir() if path.name != OLD and not (folder / path.name).exists()):
+                os.replace(new, folder / new.name)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file at once."""
+    """Write a text file at once, UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file at once."""
+    """Write a JSON file at once."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file."""
+    """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

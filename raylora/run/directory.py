@@ -1,4 +1,4 @@
-"""Names the files of one search's run directory, and starts or reopens it."""
+"""Names the files of a run directory, which holds one search, and opens or reopens it."""
 
 import difflib
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from raylora.run.atomic import read_json
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Every step reads and writes only here; `results/README.md` says what each file holds."""
+    """Files of one search, described in results/README.md. Every step reads and writes only here."""
 
     path: Path
 
@@ -26,6 +26,10 @@ class RunDirectory:
     @property
     def provenance_file(self) -> Path:
         return self.path / "provenance.json"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def study_file(self) -> Path:
@@ -64,19 +68,19 @@ class RunDirectory:
         return self.path / "logs"
 
     def merged(self, form: str) -> Path:
-        """Model directory of one merge format, `nf4` or `bf16`."""
+        """Return the model directory of one merge format, such as `nf4`."""
         return self.path / f"merged_{form}"
 
     def trial(self, number: int) -> Path:
-        """Checkpoints of one trial."""
+        """Return the folder of one trial's checkpoints."""
         return self.path / "trials" / f"{number:04d}"
 
     def cache(self, config: SearchConfig) -> Path:
-        """Tokens and quantized bases, shared by the runs beside this one."""
+        """Return the folder of tokens and quantized bases, shared by the runs beside this one."""
         return Path(config.cache_dir).expanduser().resolve() if config.cache_dir else self.path.parent / ".cache"
 
     def config(self) -> SearchConfig:
-        """The resolved config that the run was started with.
+        """Return the resolved settings that the run was started with.
 
         Raises:
             RunDirectoryError: this is no run directory.
@@ -86,26 +90,26 @@ class RunDirectory:
         return build_config(yaml.safe_load(self.config_file.read_text(encoding="utf-8")), source=str(self.config_file))
 
     def provenance(self) -> dict[str, Any]:
-        """What was written at the start; see `start`."""
+        """Return what `write_provenance` wrote at the start."""
         return read_json(self.provenance_file)
 
 
 def open_run(path: Path, config: SearchConfig, *, resume: bool) -> RunDirectory:
-    """A new run directory, or the one to go on with. Nothing is written yet.
+    """Return a new run directory, or the one to go on with. Nothing is written yet.
 
     Raises:
         RunDirectoryError: it is not empty without `resume`, is missing with it, or was started with another config.
     """
     run = RunDirectory(path.expanduser().resolve())
     if not resume:
-        if run.path.is_dir() and any(run.path.iterdir()):
+        if run.path.is_dir() and any(not file.name.startswith(".") for file in run.path.iterdir()):
             raise RunDirectoryError(f"{path} is not empty; `--resume` goes on with it, `--output DIR` starts another")
         return run
     if not run.path.is_dir():
         raise RunDirectoryError(f"nothing to resume: {path} does not exist")
     if not run.config_file.is_file():
         return run  # killed before the config was on disk: there is nothing to contradict
-    before, now = _comparable(run.config()), _comparable(config)
+    before, now = _comparable(run.config()), _comparable(with_pinned_commits(config, run))
     if before != now:
         changed = [line for line in difflib.ndiff(before, now) if line[0] in "+-"]
         raise RunDirectoryError(
@@ -115,8 +119,22 @@ def open_run(path: Path, config: SearchConfig, *, resume: bool) -> RunDirectory:
     return run
 
 
+def with_pinned_commits(config: SearchConfig, run: RunDirectory) -> SearchConfig:
+    """Return settings with the Hub commits that a run was started with, where they name none themselves."""
+    if not run.config_file.is_file():
+        return config
+    then = run.config()
+    base, data = config.base_model, config.data
+    return config.model_copy(
+        update={
+            "base_model": base.model_copy(update={"revision": base.revision or then.base_model.revision}),
+            "data": data.model_copy(update={"revision": data.revision or then.data.revision}),
+        }
+    )
+
+
 def check_same_data(run: RunDirectory, fingerprint: str) -> None:
-    """Losses on other rows are not comparable, so a run goes on with the rows it was started with.
+    """Check that a run goes on with the rows it was started with: losses on others are not comparable.
 
     Raises:
         RunDirectoryError: rows, tokenizer or a setting that shapes tokens have changed since.
@@ -130,7 +148,7 @@ def check_same_data(run: RunDirectory, fingerprint: str) -> None:
 
 
 def _comparable(config: SearchConfig) -> list[str]:
-    """Settings that must not change within a run; how many trials there are, and where they train, may."""
+    """Return the settings that must not change within a run; the number of trials and where they train may."""
     values = config.model_dump(mode="json")
     for key in (
         "n_trials",

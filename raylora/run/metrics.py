@@ -1,11 +1,11 @@
-"""What a trial says of itself when it reaches a rung, whichever engine trains it."""
+"""Defines what a trial reports when it reaches a rung, whichever engine trains it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class RungMetrics:
-    """What a trial knows of itself at one rung."""
+    """Metrics of one trial at one rung."""
 
     step: int
     """Optimizer steps done."""

@@ -16,11 +16,13 @@ from raylora.run.directory import RunDirectory
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "optuna", "pyarrow")
 
 
-def start(run: RunDirectory, config: SearchConfig, facts: dict[str, Any]) -> None:
-    """Writes config and provenance, before the first trial; a resumed run keeps the time of its first start.
+def write_provenance(run: RunDirectory, config: SearchConfig, facts: dict[str, Any]) -> None:
+    """Write settings and provenance, before the first trial; a resumed run keeps the time of its first start.
 
     Args:
-        facts: what only the caller knows: base model commit, data fingerprint, max_steps, devices.
+        run: receives `config.yaml` and `provenance.json`.
+        config: resolved settings.
+        facts: further entries: data fingerprint, rungs, devices.
     """
     run.logs.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -46,7 +48,7 @@ def start(run: RunDirectory, config: SearchConfig, facts: dict[str, Any]) -> Non
 
 
 def _git_commit() -> str | None:
-    """Commit of the raylora checkout, or None where it is an installed package."""
+    """Return the commit of the raylora checkout, or None if it is an installed package."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

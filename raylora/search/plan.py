@@ -1,7 +1,6 @@
 """Works out what a search will do before it starts: data, budget, lanes and memory."""
 
 import math
-import os
 from dataclasses import dataclass
 
 from raylora.base.load import compute_dtype, is_quantized
@@ -10,33 +9,31 @@ from raylora.base.modules import linear_shapes, resolve_target_modules
 from raylora.config.kinds import Cases, Choice, Fixed, Kind, Range
 from raylora.config.schema import SearchConfig
 from raylora.data.prepare import PreparedData, prepare_data
+from raylora.data.read import hub_commit
 from raylora.errors import DeviceError
 from raylora.run.directory import RunDirectory
 from raylora.training.memory import MemoryEstimate, adapter_parameters, estimate_memory, tokens_per_pass
 
-ACTORS_PER_CORE = 2
-"""Tune keeps an actor for each trial that trains, on the driver's machine; each takes a core for over a second to
-start, and Ray warns of many that start at once."""
-
 
 @dataclass(frozen=True)
 class Devices:
-    """What the machine or cluster has, or can grow to."""
+    """Devices of the machine or cluster, or those that it can grow to."""
 
     n_gpus: int
     n_cpus: int
     where: str
     node_cpus: int
-    """CPU cores of the largest node: no process can have more."""
+    """CPU cores of the largest node; no process can have more."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """A search ready to start."""
 
+    config: SearchConfig
+    """Settings, with the Hub commits that the search uses from now on."""
+
     data: PreparedData
-    checkpoint: str
-    commit: str | None
     rungs: list[int]
     on_gpu: bool
     n_lanes: int
@@ -48,17 +45,17 @@ class Plan:
     """CPU threads of each lane."""
 
     node_cpus: int
-    """CPU threads of what runs when the lanes have ended."""
+    """CPU threads of the merge and the held-out check."""
 
     memory: MemoryEstimate
-    """Of the largest trials that the space allows."""
+    """Memory of the largest trials that the space allows."""
 
 
 def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan:
-    """Checks model, data, modules and devices, and prepares the token cache.
+    """Check model, data, modules and devices, and prepare the token cache.
 
     Raises:
-        RayloraError: whatever would keep the search from running.
+        RayloraError: something would keep the search from running.
     """
     on_gpu, n_lanes = plan_lanes(config, devices)
     cache_dir = run.cache(config)
@@ -82,14 +79,17 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         gradient_checkpointing=config.training.gradient_checkpointing,
     )
     return Plan(
+        config=pinned(
+            config,
+            base_commit=getattr(model_config, "_commit_hash", None),
+            data_commit=hub_commit(config.data.train, config.data.revision),
+        ),
         data=data,
-        checkpoint=checkpoint,
-        commit=getattr(model_config, "_commit_hash", None),
         # a resumed search keeps its rungs, whatever its number of trials is now
         rungs=run.provenance()["rungs"] if run.provenance_file.is_file() else config.rungs(max_steps(config, data)),
         on_gpu=on_gpu,
         n_lanes=n_lanes,
-        slots=plan_places(config, data, on_gpu=on_gpu, n_lanes=n_lanes),
+        slots=plan_slots(config, data, on_gpu=on_gpu, n_lanes=n_lanes),
         tokens_per_pass=tokens_per_pass(config.search, on_gpu=on_gpu),
         threads=plan_threads(devices, n_lanes),
         node_cpus=devices.node_cpus,
@@ -97,11 +97,28 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
     )
 
 
+def pinned(config: SearchConfig, *, base_commit: str | None, data_commit: str | None) -> SearchConfig:
+    """Return settings that name Hub commits, so that every later step loads the same base and rows.
+
+    Args:
+        config: settings, maybe with branches or tags.
+        base_commit: commit of the base; None if it does not come from the Hub.
+        data_commit: commit of the data set, likewise.
+    """
+    base, data = config.base_model, config.data
+    return config.model_copy(
+        update={
+            "base_model": base.model_copy(update={"revision": base_commit or base.revision}),
+            "data": data.model_copy(update={"revision": data_commit or data.revision}),
+        }
+    )
+
+
 def plan_lanes(config: SearchConfig, devices: Devices) -> tuple[bool, int]:
-    """Whether lanes use GPUs, and how many lanes there are.
+    """Return whether lanes use GPUs, and how many lanes there are.
 
     Raises:
-        DeviceError: a GPU is demanded and there is none, or there are more lanes than devices.
+        DeviceError: a GPU is demanded and there is none, or more lanes are demanded than there are devices.
     """
     if config.device == "cuda" and not devices.n_gpus:
         raise DeviceError(f"device is cuda, and {devices.where} has no GPU; `raylora doctor` says what torch sees")
@@ -114,11 +131,11 @@ def plan_lanes(config: SearchConfig, devices: Devices) -> tuple[bool, int]:
     return on_gpu, min(wanted or default, config.n_trials())
 
 
-def plan_places(config: SearchConfig, data: PreparedData, *, on_gpu: bool, n_lanes: int) -> int:
-    """Trials at once on each lane: as asked, or as many as fill a pass through the base, and one more.
+def plan_slots(config: SearchConfig, data: PreparedData, *, on_gpu: bool, n_lanes: int) -> int:
+    """Return the trials at once on each lane: as set, or as many as fill a pass through the base, and one more.
 
-    More would not make a pass cheaper; the one more trains while the others wait for what becomes of them at a rung.
-    The lane takes fewer where its memory asks for it, and this machine where it would be busy with Tune's actors.
+    More would not make a pass cheaper. The one more keeps passes full when a trial leaves. A lane takes fewer where its
+    memory is too small.
     """
     share = math.ceil(config.n_trials() / n_lanes)
     if config.search.engine == "trl":
@@ -128,16 +145,16 @@ def plan_places(config: SearchConfig, data: PreparedData, *, on_gpu: bool, n_lan
     train = data.summaries["train"]
     smallest = min(_possible(config, "per_device_train_batch_size")) * train.tokens / train.rows
     fill = int(tokens_per_pass(config.search, on_gpu=on_gpu) / smallest) + 1
-    return min(fill, share, max(1, ACTORS_PER_CORE * (os.cpu_count() or 1) // n_lanes))
+    return min(fill, share)
 
 
 def plan_threads(devices: Devices, n_lanes: int) -> int:
-    """CPU threads of each lane: a share of all cores, and no more than a node has."""
+    """Return the CPU threads of each lane: a share of all cores, and no more than a node has."""
     return max(1, min(devices.n_cpus // n_lanes, devices.node_cpus))
 
 
 def max_steps(config: SearchConfig, data: PreparedData) -> int:
-    """Full budget of a trial in optimizer steps."""
+    """Return the full budget of a trial in optimizer steps."""
     training = config.training
     if training.max_steps is not None:
         return training.max_steps
@@ -146,7 +163,7 @@ def max_steps(config: SearchConfig, data: PreparedData) -> int:
 
 
 def _possible(config: SearchConfig, name: str) -> list:
-    """Extreme values that a parameter can take in this search."""
+    """Return the extreme values that a parameter can take in this search."""
     kinds = config.search_space().kinds
     if name not in kinds:
         value = getattr(config.training, name)

@@ -1,143 +1,160 @@
-"""Proposes assignments with Optuna and tells it what became of them, in a file that outlives the search.
+"""Proposes assignments with Optuna: a function of the event log and the seed.
 
 Ray's OptunaSearch tells a stopped trial's early loss as if it were final, and a failed one in a way that TPE ignores
-(docs/design.md). Here a stopped trial is PRUNED with its intermediate values; a failed one is PRUNED with a violated
-constraint, which TPE ranks below every feasible trial.
+(docs/search.md). Here a trial that waits or was stopped is PRUNED with its intermediate losses; a failed one is PRUNED
+with a violated constraint, which TPE ranks below every feasible trial; one that trains is RUNNING.
 """
 
-from collections.abc import Set
-from pathlib import Path
+import hashlib
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from raylora.config.assignment import Assignment
 from raylora.config.schema import SearchConfig
+from raylora.config.space import SearchSpace
+from raylora.run.state import SearchState, TrialRow
 
 FAILED = "trained_without_failing"
 """Name of the constraint; above 0 means violated."""
 
+MAX_SHOWN = 1000
+"""Trials that the sampler looks at, at most, since its time grows with them: the best tenth and the newest."""
 
-class Study:
-    """Optuna's study of one run. Trials are known by their number, from 0."""
+STATES = {
+    "queued": TrialState.RUNNING,
+    "running": TrialState.RUNNING,
+    "paused": TrialState.PRUNED,
+    "finished": TrialState.COMPLETE,
+    "stopped": TrialState.PRUNED,
+    "failed": TrialState.PRUNED,
+}
+"""State of a trial in the log -> what the sampler is told. A paused trial's losses are as good as a stopped one's."""
 
-    def __init__(self, config: SearchConfig, *, file: Path | None = None, n_lanes: int = 1) -> None:
-        """Opens the study in `file` (in memory if None), or starts it with the starting points or the grid queued."""
-        self._config, self._space = config, config.search_space()
-        self._study = optuna.create_study(
-            study_name="raylora",
-            storage=f"sqlite:///{file}" if file else None,
-            direction="minimize",
-            load_if_exists=True,
-        )
-        self._study.sampler = self._sampler(n_lanes)
-        if not self._study.trials:
-            self._study.set_metric_names(["eval_loss"])
-            points = list(config.starting_points)
-            if config.search.sampler == "grid":
-                points += self._space.grid()
-            for number, point in enumerate(points, 1):
-                self._study.enqueue_trial(self._space.to_optuna(point, where=f"starting point {number}"))
 
-    def ask(self, paused: Set[int] = frozenset()) -> tuple[int, Assignment]:
-        """The next assignment to train: parameters outside the space keep the training section's values.
+class Sampler:
+    """Optuna's side of a search, without any state but the log's."""
+
+    def __init__(self, config: SearchConfig, state: SearchState) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # else each proposal prints that a study was created
+        self._search, self._training, self._state = config.search, config.training, state
+        self._space = config.search_space()
+        self._points = list(config.starting_points)
+        self._n_startup = min(10, max(1, config.n_trials() // 3))
+        if config.search.sampler == "grid":
+            self._points += self._space.grid()
+        self._losses: dict[int, dict[int, float]] = {}
+        self._n_seen = 0
+        self._known: dict[int, tuple[TrialRow, FrozenTrial]] = {}
+
+    def exhausted(self) -> bool:
+        """Return True if a grid has no point left."""
+        return self._search.sampler == "grid" and self._state.n_proposed() >= len(self._points)
+
+    def propose(self, number: int) -> tuple[Assignment, dict[str, Any]]:
+        """Return the hyperparameters of a new trial.
+
+        Starting points and a grid come first, in order; parameters that they leave out are sampled. Parameters outside
+        the space keep the training section's values.
 
         Args:
-            paused: trials that wait at a rung. They are open for Optuna, whose sampler would think nothing of them; it
-                is shown them as pruned, so that it learns from their intermediate losses.
+            number: of the trial; seeds the sampler, together with `search.seed`.
+
+        Returns:
+            The assignment, and the sampled values under Optuna's names.
         """
-        waiting = any(trial.state == TrialState.WAITING for trial in self._study.trials)
-        if paused and not waiting:
-            view = self._with_pruned(paused).ask()
-            self._space.suggest(view)
-            self._study.enqueue_trial(view.params)
-        trial = self._study.ask()
-        values = {name: getattr(self._config.training, name, None) for name in Assignment.model_fields}
+        study = optuna.create_study(direction="minimize", sampler=self._sampler(number))
+        study.add_trials(self._shown())
+        index = self._state.n_proposed()
+        if index < len(self._points):
+            study.enqueue_trial(self._space.to_optuna(self._points[index], where=f"starting point {index + 1}"))
+        trial = study.ask()
+        values = {name: getattr(self._training, name, None) for name in Assignment.model_fields}
         if isinstance(values["target_modules"], list):
             values["target_modules"] = ",".join(values["target_modules"])
-        assignment = Assignment.model_validate({**values, **self._space.suggest(trial)})
-        trial.set_user_attr("assignment", assignment.model_dump())
-        return trial.number, assignment
+        return Assignment.model_validate({**values, **self._space.suggest(trial)}), trial.params
 
-    def repeat(self, number: int, seed: int) -> tuple[int, Assignment]:
-        """A new trial with the assignment of another and a seed of its own; it counts as no proposal."""
-        other = self._study.trials[number]
-        assignment = Assignment.model_validate({**other.user_attrs["assignment"], "seed": seed})
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                state=TrialState.RUNNING,
-                params=other.params,
-                distributions=other.distributions,
-                user_attrs={"assignment": assignment.model_dump(), "repeat_of": number},
-            )
-        )
-        return self._study.trials[-1].number, assignment
-
-    def repeat_of(self, number: int) -> int | None:
-        """The trial whose assignment this one repeats; None for a proposal."""
-        return self._study.trials[number].user_attrs.get("repeat_of")
-
-    def n_asked(self) -> int:
-        """Trials proposed so far, whatever became of them."""
-        return sum(
-            "assignment" in trial.user_attrs and "repeat_of" not in trial.user_attrs for trial in self._study.trials
-        )
-
-    def running(self) -> dict[int, Assignment]:
-        """Trials that were proposed and have not ended, by number."""
-        return {
-            trial.number: Assignment.model_validate(trial.user_attrs["assignment"])
-            for trial in self._study.trials
-            if trial.state == TrialState.RUNNING and "assignment" in trial.user_attrs
-        }
-
-    def report(self, number: int, step: int, eval_loss: float) -> None:
-        """An intermediate loss."""
-        self._trial(number).report(eval_loss, step)
-
-    def finish(self, number: int, eval_loss: float) -> None:
-        """The trial reached the full budget."""
-        self._study.tell(number, eval_loss)
-
-    def stop(self, number: int) -> None:
-        """The trial was stopped early; its intermediate losses say how good it was."""
-        self._study.tell(number, state=TrialState.PRUNED)
-
-    def fail(self, number: int, reason: str) -> None:
-        """The trial failed; the sampler shall keep away from it."""
-        trial = self._trial(number)
-        trial.set_user_attr("failed", reason)
-        trial.set_constraint(FAILED, 1.0)
-        self._study.tell(number, state=TrialState.PRUNED)
-
-    def discard_unassigned(self) -> None:
-        """Closes trials that were drawn but never placed, which a kill between the two leaves behind."""
-        for trial in self._study.trials:
-            if trial.state == TrialState.RUNNING and "assignment" not in trial.user_attrs:
-                self._study.tell(trial.number, state=TrialState.FAIL)
-
-    def _trial(self, number: int) -> optuna.trial.Trial:
-        return optuna.trial.Trial(self._study, self._study.trials[number]._trial_id)
-
-    def _with_pruned(self, paused: Set[int]) -> optuna.Study:
-        """A copy of the study in memory, in which paused trials are pruned."""
-        copy = optuna.create_study(direction="minimize", sampler=self._sampler(n_lanes=2))
-        for trial in self._study.trials:
-            if trial.number in paused:
-                trial.state, trial.datetime_complete = TrialState.PRUNED, trial.datetime_start
-            copy.add_trial(trial)
-        return copy
-
-    def _sampler(self, n_lanes: int) -> optuna.samplers.BaseSampler:
-        # a resumed search must not draw the same points again, hence the number of trials in the seed
-        seed = self._config.search.seed + 1000 * len(self._study.trials)
-        if self._config.search.sampler != "tpe":
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        digest = hashlib.sha256(f"{self._search.seed}:{number}".encode()).digest()
+        seed = int.from_bytes(digest[:4], "big")
+        if self._search.sampler != "tpe":
             return optuna.samplers.RandomSampler(seed=seed)
-        # multivariate: learning rate and alpha act together; group: parameters may depend on others
-        options: dict[str, Any] = {"multivariate": True, "group": True, "constant_liar": n_lanes > 1}
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=self._n_startup(), **options)
+        # multivariate: learning rate and alpha act together; group: parameters may depend on others;
+        # constant_liar: several trials train at once
+        return optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=self._n_startup, multivariate=True, group=True, constant_liar=True
+        )
 
-    def _n_startup(self) -> int:
-        """Random trials before TPE begins: Optuna's 10, or a third of a short search."""
-        return min(10, max(1, self._config.n_trials() // 3))
+    def _shown(self) -> list[FrozenTrial]:
+        """Return the trials that the sampler looks at, oldest first."""
+        if self._search.sampler != "tpe":
+            return []
+        numbers = list(self._state.trials)
+        if len(numbers) > MAX_SHOWN:
+            n_best = MAX_SHOWN // 10
+            best = [row.number for row in self._state.leaders(n_best)]
+            numbers = sorted({*best, *numbers[n_best - MAX_SHOWN :]})
+        for row in self._state.history[self._n_seen :]:
+            self._losses.setdefault(row.number, {})[row.step] = row.eval_loss
+        self._n_seen = len(self._state.history)
+        return [self._frozen(self._state.trials[number]) for number in numbers]
+
+    def _frozen(self, row: TrialRow) -> FrozenTrial:
+        known = self._known.get(row.number)
+        if known is None or known[0] is not row:
+            params = self._state.params[row.repeat_of if row.repeat_of is not None else row.number]
+            losses = self._losses.get(row.number, {})
+            known = row, frozen_trial(row, params, distributions(self._space, params), losses)
+            self._known[row.number] = known
+        return known[1]
+
+
+def frozen_trial(
+    row: TrialRow, params: dict[str, Any], kinds: dict[str, BaseDistribution], losses: dict[int, float]
+) -> FrozenTrial:
+    """Return a trial as Optuna knows it.
+
+    Args:
+        row: the trial as it stands.
+        params: sampled values under Optuna's names.
+        kinds: distribution of each of them.
+        losses: step -> validation loss in nats per token.
+    """
+    return optuna.trial.create_trial(
+        state=STATES[row.state],
+        value=row.eval_loss if row.state == "finished" else None,
+        params=params,
+        distributions=kinds,
+        intermediate_values=losses,
+        constraints={FAILED: 1.0} if row.state == "failed" else None,
+    )
+
+
+def distributions(space: SearchSpace, params: dict[str, Any]) -> dict[str, BaseDistribution]:
+    """Return Optuna's distribution of each sampled value, by letting the space suggest the values once more."""
+    recorder = _Recorder(params)
+    space.suggest(recorder)
+    return recorder.found
+
+
+class _Recorder:
+    """Stands in for an Optuna trial whose values are known, and notes their distributions."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        self._params = params
+        self.found: dict[str, BaseDistribution] = {}
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self._note(name, optuna.distributions.CategoricalDistribution(choices))
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return self._note(name, optuna.distributions.FloatDistribution(low, high, log=log))
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return self._note(name, optuna.distributions.IntDistribution(low, high, log=log))
+
+    def _note(self, name: str, distribution: BaseDistribution) -> Any:
+        self.found[name] = distribution
+        return self._params[name]

@@ -1,4 +1,4 @@
-"""Chooses what trains the trials of a lane: the packed engine where it can serve, else TRL, one trial at a time."""
+"""Chooses the engine of a lane: the packed engine if it can train this model, else TRL, one trial at a time."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,24 +20,28 @@ from raylora.training.packed.layout import MicroBatch
 from raylora.training.trl import TrlEngine
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
-"""Names in transformers of AdamW in 32 bit, which is what a pack uses."""
+"""Names in transformers of AdamW with 32-bit states, the optimizer of the packed engine."""
 
 
 def load_engine(
     config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str, slots: int, memory: MemoryEstimate
 ) -> PackedEngine | TrlEngine:
-    """Loads the base onto a device, and the data.
+    """Load base and data into the engine that fits the config and the model.
 
     Args:
-        config: its `search.engine` may demand one.
+        config: resolved config. `search.engine` may demand one engine.
         tokens_dir: token cache.
         cache_dir: holds converted and quantized bases.
         device: `cpu` or `cuda:0`.
-        slots: trials at once, at most.
-        memory: what they take; fewer are taken where the device has not that much.
+        slots: largest number of trials at once.
+        memory: estimate for the pack. The engine gets fewer slots if the device has less memory.
+
+    Returns:
+        The engine. A TRL engine that replaces a packed one says why in `reason`.
 
     Raises:
-        PackingError: the packed engine is demanded and cannot serve.
+        PackingError: the config demands the packed engine, which cannot train this model.
+        BaseModelError: the base cannot be found or loaded.
     """
     options: dict[str, Any] = {"tokens_dir": tokens_dir, "cache_dir": cache_dir, "device": device}
     if config.search.engine == "trl":
@@ -59,10 +63,19 @@ def load_packed(
     slots: int,
     memory: MemoryEstimate | None = None,
 ) -> PackedEngine:
-    """The packed engine, once it has shown that it computes what the model computes.
+    """Load the packed engine, and check that its loss on two rows equals that of the model itself.
+
+    Args:
+        config: resolved config.
+        tokens_dir: token cache.
+        cache_dir: holds converted and quantized bases.
+        device: `cpu` or `cuda:0`.
+        slots: largest number of trials at once.
+        memory: estimate for the pack; None takes `slots` as given.
 
     Raises:
-        PackingError: it cannot serve.
+        PackingError: the optimizer or the model is not supported, or the losses differ.
+        BaseModelError: the base cannot be found or loaded.
     """
     if config.training.optim not in OPTIMIZERS:
         raise PackingError(f"training.optim is {config.training.optim}, which only TRL's trainer has")
@@ -89,29 +102,31 @@ def load_packed(
     )
     try:
         found = engine.pack.nll([MicroBatch(_no_adapter(device), rows, rows)]).item()
-    except Exception as error:  # whatever a model's own code stumbles over when its rows come end to end
+    except Exception as error:  # whatever a model's code raises for rows laid end to end
         engine.pack.close()
         raise PackingError(f"the model cannot be packed: {type(error).__name__}: {error}") from error
-    # bfloat16 has 8 significant bits, and sums are taken in another order
+    # bfloat16 has 8 significant bits, and the pack sums in another order
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     if not abs(found - expected) <= tolerance * expected:
         engine.pack.close()
-        raise PackingError(f"packed, the model's loss on two rows is {found:.6f} and not {expected:.6f}")
+        raise PackingError(f"packed, the model's loss on two rows is {found:.6f}, must be {expected:.6f}")
     return engine
 
 
 def _two_rows(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Token ids of two rows of unlike length."""
+    """Return random token ids of two rows of different lengths."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator) for n in (9, 14)]
 
 
 @torch.no_grad()
 def _plain_nll(model: PreTrainedModel, rows: list[torch.Tensor]) -> float:
+    """Return the negative log-likelihood of rows by the model's own forward pass, in nats."""
     logits = [model(input_ids=row[None].to(model.device), use_cache=False).logits[0, :-1].float() for row in rows]
     pairs = zip(logits, rows, strict=True)
     return sum(float(cross_entropy(scores, row[1:].to(scores.device), reduction="sum")) for scores, row in pairs)
 
 
 def _no_adapter(device: str) -> Adapter:
+    """Return an adapter of no layers."""
     return Adapter({}, r=1, scaling=0.0, dropout=0.0, seed=0, device=device)

@@ -1,4 +1,4 @@
-"""Validation loss per token, the one figure that searches minimise and merges are judged by."""
+"""Computes the validation loss per token, which searches minimise and merges are judged by."""
 
 from collections.abc import Iterator
 
@@ -12,15 +12,18 @@ from raylora.data.rows import IGNORE
 
 
 def eval_loss(model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int, pad_token_id: int) -> float:
-    """Mean cross entropy over all tokens that bear loss, in nats.
+    """Return the mean cross entropy over all tokens with loss, in nats.
 
-    Trainer's own `eval_loss` averages batch means, so it changes with the batch size; this one does not.
+    The `eval_loss` of transformers' Trainer averages batch means, so it changes with the batch size. This one does not.
 
     Args:
         model: causal language model, on any device.
         part: columns `input_ids` and `labels`.
         batch_size: rows per forward pass.
         pad_token_id: fills short rows on the right, where causal attention cannot see it.
+
+    Returns:
+        Nats per token; 0 if no token has a loss.
     """
     total, count = 0.0, 0
     for logits, targets in predictions(model, part, batch_size=batch_size, pad_token_id=pad_token_id):
@@ -32,9 +35,12 @@ def eval_loss(model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int
 def predictions(
     model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int, pad_token_id: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What a model makes of each token that bears loss, in batches: logits (tokens, vocabulary), tokens (tokens,).
+    """Yield a model's predictions of all tokens with loss, batch by batch.
 
-    Arguments as of `eval_loss`; rows come in the same order for every model. Logits are at least float32.
+    Arguments are those of `eval_loss`. Rows come in the same order for every model.
+
+    Yields:
+        Logits (n_tokens, vocabulary), float32 or float64; and the tokens to predict (n_tokens,), int64.
     """
     was_training = model.training
     model.eval()
@@ -42,13 +48,17 @@ def predictions(
         with torch.inference_mode():
             logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits[:, :-1]
             targets = labels[:, 1:].to(logits.device)
-            bears_loss = targets != IGNORE
-            yield logits[bears_loss].to(torch.promote_types(logits.dtype, torch.float32)), targets[bears_loss]
+            loss_mask = targets != IGNORE
+            yield logits[loss_mask].to(torch.promote_types(logits.dtype, torch.float32)), targets[loss_mask]
     model.train(was_training)
 
 
 def _batches(part: datasets.Dataset, batch_size: int, pad_token_id: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of like length together, (rows, longest) each; padding in labels is IGNORE."""
+    """Yield batches of rows of similar length.
+
+    Yields:
+        Token ids (rows, longest) and labels (rows, longest), both int64. Padding in labels is IGNORE.
+    """
     rows = part.select_columns(["input_ids", "labels"])
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     for start in range(0, len(order), batch_size):
@@ -60,22 +70,35 @@ def _batches(part: datasets.Dataset, batch_size: int, pad_token_id: int) -> Iter
 
 
 def pad(rows: list[list[int]], fill: int) -> torch.Tensor:
-    """Rows of unlike length as one matrix, (rows, longest), filled on the right."""
+    """Return rows of different lengths as one matrix.
+
+    Args:
+        rows: token ids or labels of each row.
+        fill: pads short rows on the right.
+
+    Returns:
+        (rows, longest), int64.
+    """
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
 
 def validated_rows(lengths: list[int], step: int, rungs: list[int], training: TrainingSection) -> list[int]:
-    """Validation rows for a trial at a rung, shorter ones first: all at the full budget, often fewer before it.
+    """Return the validation rows for a trial at a rung: all at the full budget, often fewer before it.
 
-    One for each row trained on, at most: training on a row takes as long as three forward passes, so that validation
-    takes a third of the time of the training that it judges. Fewer rows are spread evenly over the lengths, and are the
-    same for all trials at a rung, whatever their batch sizes.
+    Before the full budget, validation takes at most one row per row trained on. Training on a row takes as long as
+    three forward passes. So validation takes at most a third of the time of the training before it.
+
+    A smaller set is spread evenly over the row lengths. It is the same for all trials at a rung, whatever their batch
+    sizes.
 
     Args:
         lengths: tokens of each validation row.
         step: optimizer steps done.
-        rungs: of the trial; the last is its full budget.
+        rungs: rungs of the trial in optimizer steps; the last is the full budget.
         training: settings that all trials share.
+
+    Returns:
+        Indexes into `lengths`, shortest row first.
     """
     rows = sorted(range(len(lengths)), key=lengths.__getitem__)
     n_trained = step * training.per_device_train_batch_size * training.gradient_accumulation_steps

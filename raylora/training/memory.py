@@ -1,8 +1,7 @@
 """Estimates the memory of a pack from the base's shapes, before anything is loaded.
 
-NF4 with double quantization costs 4.127 bits a weight (QLoRA, arXiv:2305.14314, section 3). Activations are counted
-as the inputs and outputs of every linear layer, or one hidden state per layer with gradient checkpointing;
-`benchmarks/memory.py` shows the estimate beside the measured peak.
+Activations count as the inputs and outputs of every linear layer. With gradient checkpointing, they count as one hidden
+state per layer. `benchmarks/memory.py` shows the estimate beside the measured peak.
 """
 
 import math
@@ -18,62 +17,78 @@ from raylora.base.modules import is_target
 from raylora.config.schema import SearchSection
 
 MIB = 2**20
+"""Bytes of a MiB."""
 
 
 NF4_BITS = 4.127
+"""Bits per weight in NF4 with double quantization: 4 + 8/64 + 32/(64 * 256) (QLoRA, arXiv:2305.14314, section 3)."""
 
 
 NF4_BITS_SINGLE = 4.5
+"""Bits per weight in NF4 without double quantization: 4 + 32/64 (QLoRA, arXiv:2305.14314, section 3)."""
 
 
 ADAPTER_BYTES = 16
-"""Per trained parameter in float32: weight, gradient, Adam's two moments."""
+"""Bytes per trained parameter: weight, gradient and Adam's two moments, in float32."""
 
 
 CHUNK = 512
-"""Positions whose logits exist at once."""
+"""Positions whose logits are in memory at once. With a vocabulary of 50,000, these are 98 MiB in float32."""
 
 
 BESIDE_LINEAR = 1.6
-"""Activations of norms, rotary embeddings, attention and dropout come on top; measured, see benchmarks/memory.json. On
-another machine of two cores it was 1.15: the larger one, since too low an estimate ends a process."""
+"""All activations over those of linear layers. Norms, rotary embeddings, attention and dropout are the rest.
+
+Measured, see benchmarks/memory.json. Another machine of two cores gave 1.15. The larger one stands, since too low an
+estimate ends a process.
+"""
 
 
 TOKENS_PER_PASS = {"gpu": 4096, "cpu": 512}
-"""Tokens from which on a pass through the base is limited by arithmetic, so that more at once do not pay."""
+"""Tokens of a pass at which arithmetic becomes the limit, so that more tokens do not raise the throughput."""
 
 
 def tokens_per_pass(section: SearchSection, *, on_gpu: bool) -> int:
-    """As set, or by the kind of device."""
+    """Return the largest number of tokens of a pass: as set, or `TOKENS_PER_PASS` of the device."""
     return section.tokens_per_pass or TOKENS_PER_PASS["gpu" if on_gpu else "cpu"]
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """MiB on the device that trains."""
+    """Memory of a pack by its parts, on the device that trains."""
 
     base_mib: float
+    """Base model in MiB."""
+
     trial_mib: float
-    """Of the largest adapter with its gradients and optimizer."""
+    """Largest adapter with its gradients and optimizer state, in MiB."""
 
     token_mib: float
-    """Activations of each token of a pass through the base."""
+    """Activations per token of a pass through the base, in MiB."""
 
     logits_mib: float
-    """Logits of one chunk of positions."""
+    """Logits of one chunk of positions, in MiB."""
 
     micro_batch_tokens: int
-    """Of the largest micro-batch, which is never cut."""
+    """Tokens of the largest micro-batch. A micro-batch is never divided between passes."""
 
     def total_mib(self, slots: int, tokens: int) -> float:
-        """With so many trials and tokens a pass."""
+        """Return the memory in MiB for this many slots (trials at once) and tokens per pass."""
         activations = max(tokens, self.micro_batch_tokens) * self.token_mib
         return self.base_mib + slots * self.trial_mib + activations + self.logits_mib
 
     def fit(self, free_mib: float, *, slots: int, tokens: int) -> tuple[int, int]:
-        """As many trials and tokens a pass as fit into what is free beside the base, and at least one trial.
+        """Return the slots and tokens per pass that fit into the free memory.
 
-        Activations get half of it at most. A tenth stays free, for what no estimate knows.
+        A tenth stays free, for what the estimate does not know. Activations get half of the rest at most.
+
+        Args:
+            free_mib: memory that is free beside the base, in MiB.
+            slots: largest number of trials at once.
+            tokens: largest number of tokens per pass.
+
+        Returns:
+            Slots, at least 1; and tokens per pass, at least one micro-batch.
         """
         usable = 0.9 * free_mib - self.logits_mib
         tokens = max(self.micro_batch_tokens, min(tokens, int(usable / 2 / self.token_mib)))
@@ -81,14 +96,22 @@ class MemoryEstimate:
 
 
 def free_memory_mib(device: str) -> float:
-    """What a GPU has free, or what this machine could give."""
+    """Return the free memory in MiB: of the GPU, or of this machine for `cpu`."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0] / MIB
     return psutil.virtual_memory().available / MIB
 
 
 def adapter_parameters(shapes: dict[str, tuple[int, int]], targets: list[str], r: int) -> int:
-    """Trainable parameters: r * (in + out) for each adapted layer (LoRA, arXiv:2106.09685, section 4.1)."""
+    """Return the number of trainable parameters of an adapter: r * (in + out) in each adapted layer.
+
+    Args:
+        shapes: from `linear_shapes`.
+        targets: from `resolve_target_modules`.
+        r: adapter rank.
+
+    Source: Hu et al. 2021, "LoRA", section 4.1 (arXiv:2106.09685).
+    """
     adapted = [shape for name, shape in shapes.items() if is_target(name, targets)]
     return sum(r * (in_features + out_features) for in_features, out_features in adapted)
 
@@ -105,18 +128,18 @@ def estimate_memory(
     double_quant: bool,
     gradient_checkpointing: bool,
 ) -> MemoryEstimate:
-    """What base, trials and tokens take.
+    """Estimate the memory of base, trials and tokens.
 
     Args:
         config: the base's architecture.
         shapes: from `linear_shapes`.
         n_adapter_parameters: from `adapter_parameters`.
-        rows: rows per forward pass.
-        length: tokens per row.
-        dtype_bytes: bytes of the compute type.
-        nf4: whether linear layers are 4-bit.
-        double_quant: whether their scales are quantized too.
-        gradient_checkpointing: whether activations are recomputed.
+        rows: rows of the largest micro-batch.
+        length: tokens of its rows.
+        dtype_bytes: bytes of the compute dtype.
+        nf4: True if linear layers are in NF4.
+        double_quant: True if their scales are quantized too.
+        gradient_checkpointing: True if activations are recomputed.
     """
     text = config.get_text_config()
     n_linear = sum(in_features * out_features for in_features, out_features in shapes.values())
@@ -137,16 +160,16 @@ def estimate_memory(
 
 
 def reset_peak_memory() -> None:
-    """Starts a new measurement of `peak_memory_mib`."""
+    """Start a new measurement of `peak_memory_mib`."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        with suppress(OSError):  # where the kernel does not allow it, the process's peak so far stands
+        with suppress(OSError):  # if the kernel forbids it, the peak since the process began stands
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present size, proc(5)
 
 
 def peak_memory_mib() -> float:
-    """Peak since the last reset in MiB: GPU memory allocated, or on a CPU this process's resident memory."""
+    """Return the peak since the last reset in MiB: allocated GPU memory, or this process's resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / MIB
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -1,21 +1,21 @@
-"""Says which rows a trial trains on at which step: the order of transformers' Trainer, without its data loader."""
+"""Lists the rows of each optimizer step of a trial, in the order of transformers' Trainer, without its data loader."""
 
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class RowOrder:
-    """The rows of each optimizer step of one trial, a function of its seed alone.
+    """Rows of each optimizer step of one trial, a function of its seed.
 
-    As in transformers' Trainer, an epoch is a permutation by seed + epoch (accelerate's SeedableRandomSampler), cut
-    into batches and those into steps; the last of each may be short.
+    An epoch is a permutation by seed + epoch, as in transformers' Trainer (accelerate's SeedableRandomSampler). It is
+    divided into micro-batches, and these into steps. The last micro-batch and the last step of an epoch may be short.
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows of a micro-batch.
-        accumulation_steps: micro-batches of an optimizer step.
-        seed: of the permutations.
-        group_by_length: batch rows of like length together.
+        batch_size: rows per micro-batch.
+        accumulation_steps: micro-batches per optimizer step.
+        seed: seed of the permutations.
+        group_by_length: True to batch rows of similar length together.
     """
 
     def __init__(
@@ -27,7 +27,11 @@ class RowOrder:
         self._epoch, self._order = -1, [0]
 
     def step(self, number: int) -> list[list[int]]:
-        """Rows of each micro-batch of an optimizer step, which is counted from 0 over all epochs."""
+        """Return the rows of each micro-batch of an optimizer step.
+
+        Args:
+            number: the step, counted from 0 over all epochs.
+        """
         epoch, step = divmod(number, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._permutation(epoch)
@@ -35,6 +39,7 @@ class RowOrder:
         return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
 
     def _permutation(self, epoch: int) -> list[int]:
+        """Return the order of all rows in an epoch."""
         generator = torch.Generator().manual_seed(self._seed + epoch)
         if self._grouped:
             return get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)

@@ -1,4 +1,4 @@
-"""Trains one adapter on a resident base with TRL's SFTTrainer and peft, reporting at rungs. Knows nothing of Ray."""
+"""Trains one adapter on a resident base with TRL's SFTTrainer and peft, and reports at rungs, without Ray."""
 
 import gc
 import math
@@ -29,7 +29,7 @@ from raylora.training.memory import peak_memory_mib, reset_peak_memory
 
 @dataclass(frozen=True)
 class TrlEngine:
-    """A resident base and its data. Trials come and go; the base is left as it was found."""
+    """A resident base and its data, on which trials train one at a time. Each trial leaves the base unchanged."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -37,14 +37,24 @@ class TrlEngine:
     validation: datasets.Dataset
     training: TrainingSection
     module_names: list[str]
-    """Full names of the base's linear layers."""
+    """Full names of the base's linear layers, from `linear_shapes`."""
 
     reason: str | None = None
-    """Why trials are not packed; None where nobody asked for it."""
+    """Reason that trials are not packed; None if the config asks for this engine."""
 
     @classmethod
     def load(cls, config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str) -> "TrlEngine":
-        """Loads the base onto `device` (`cpu` or `cuda:0`) and opens the token cache."""
+        """Load the base and open the token cache.
+
+        Args:
+            config: resolved config of the search.
+            tokens_dir: token cache.
+            cache_dir: holds converted and quantized bases.
+            device: `cpu` or `cuda:0`.
+
+        Raises:
+            BaseModelError: the base cannot be found or loaded.
+        """
         base = config.base_model
         checkpoint = find_checkpoint(base, cache_dir)
         model = load_base_model(base, cache_dir, device)
@@ -66,14 +76,14 @@ class TrlEngine:
         report: Callable[[RungMetrics], bool],
         resume_from: str | None = None,
     ) -> None:
-        """Trains one assignment until the last rung, or until a report is answered with a stop.
+        """Train one assignment to the last rung, or until `report` asks to stop.
 
         Args:
             assignment: the trial's hyperparameters.
             rungs: optimizer steps at which to validate, save and report, ascending; the last is the budget.
-            directory: receives checkpoints.
-            report: takes each report and answers whether to stop.
-            resume_from: checkpoint of an earlier report.
+            directory: folder for checkpoints.
+            report: takes the metrics of each rung. It returns True to stop the trial.
+            resume_from: checkpoint of an earlier report to continue from.
 
         Raises:
             TrialError: the loss is not finite.
@@ -94,7 +104,7 @@ class TrlEngine:
 
     @contextmanager
     def _adapted(self, assignment: Assignment) -> Iterator[PeftModel]:
-        """The base with a fresh adapter; on leaving, the bare base again, with nothing left in memory."""
+        """Yield the base with a fresh adapter. Afterwards restore the bare base and free the memory."""
         config = LoraConfig(
             r=assignment.r,
             lora_alpha=assignment.lora_alpha,
@@ -104,14 +114,14 @@ class TrlEngine:
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(self.model, config)
-        # With a name here, each checkpoint asks the Hub for that model's config (peft 0.21); the best adapter gets it
-        # back in `raylora.merge`.
+        # With a name here, each checkpoint asks the Hub for that model's config (peft 0.21). `raylora.merge.run` writes
+        # the name into the best adapter.
         model.peft_config["default"].base_model_name_or_path = ""
         try:
             yield model
         finally:
             model.unload()
-            # SFTTrainer wraps the base's forward (TRL 1.16, add_fused_lm_head); trials must not pile wrappers up
+            # SFTTrainer wraps the base's forward (TRL 1.16, add_fused_lm_head). Each trial would add a wrapper.
             self.model.__dict__.pop("forward", None)
             self.model.__dict__.pop("peft_config", None)
             self.model.gradient_checkpointing_disable()
@@ -123,9 +133,9 @@ class TrlEngine:
 
 
 def _keep_adapter_in_float32(model: PeftModel, assignment: Assignment, resume_from: str | None) -> None:
-    """Undoes SFTTrainer's cast of a 4-bit model's adapter to bfloat16 (TRL 1.16): Adam's small steps would be lost.
+    """Undo SFTTrainer's cast of a 4-bit model's adapter to bfloat16 (TRL 1.16), which would lose Adam's small steps.
 
-    The cast has rounded the initial A already, so it is drawn again as peft drew it.
+    The cast has rounded the initial A, so A is drawn again as peft drew it.
     """
     set_seed(assignment.seed)
     for module in model.modules():
@@ -139,6 +149,7 @@ def _keep_adapter_in_float32(model: PeftModel, assignment: Assignment, resume_fr
 def _sft_config(
     assignment: Assignment, training: TrainingSection, max_steps: int, directory: Path, model: PeftModel
 ) -> SFTConfig:
+    """Return TRL's settings of one trial."""
     on_gpu = model.device.type == "cuda"
     paged = training.optim.startswith("paged_")
     return SFTConfig(
@@ -160,7 +171,7 @@ def _sft_config(
         fp16=on_gpu and model.dtype == torch.float16,
         use_cpu=not on_gpu,
         max_length=None,
-        # evaluating and saving happen at rungs, which are not evenly spaced: _RungCallback asks for them
+        # rungs are not evenly spaced, so _RungCallback evaluates and saves
         save_strategy="no",
         eval_strategy="no",
         logging_steps=1,
@@ -173,7 +184,7 @@ def _sft_config(
 
 
 class _RungCallback(TrainerCallback):
-    """Validates, saves and reports when a step is a rung, and stops the trainer if told so."""
+    """Callback that validates, saves and reports at rungs, and stops the trainer if the report asks for it."""
 
     def __init__(
         self,
@@ -194,9 +205,11 @@ class _RungCallback(TrainerCallback):
         reset_peak_memory()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of a training step."""
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop the clock. At a rung, validate and ask the trainer to save."""
         self._train_seconds += time.perf_counter() - self._step_began
         control.should_log = True
         if state.global_step in self._rungs:
@@ -213,11 +226,16 @@ class _RungCallback(TrainerCallback):
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Collect the training loss of a step."""
         if logs and "loss" in logs:
             self._losses.append(logs["loss"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Runs after the checkpoint is whole; a report never names a half-written one."""
+        """Report the rung. Trainer calls this once the checkpoint is complete, so no report names a partial one.
+
+        Raises:
+            TrialError: the validation loss is not finite.
+        """
         if not math.isfinite(self._eval_loss):
             raise TrialError(f"diverged: eval_loss is {self._eval_loss} at step {state.global_step}")
         now = time.perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raylora.config.load import build_config, dump_config, load_config
+from raylora.config.load import RENAMED, build_config, dump_config, load_config
 from raylora.errors import ConfigError
 
 SPACES = sorted((Path(__file__).parent.parent.parent / "search_spaces").glob("*.yaml"))
@@ -46,6 +46,7 @@ def test_the_resolved_config_loads_to_the_same_config() -> None:
     ("key", "value", "message"),
     [
         ("training.max_stps", "3", r"training\.max_stps: unknown key; did you mean max_steps\?"),
+        ("data.layout", "text", r"data\.layout: renamed to data\.format"),
         ("serch.n_trials", "3", r"serch: unknown key; did you mean search\?"),
         ("training.max_steps", "-3", r"training\.max_steps = -3: must be greater than 0"),
         ("training.max_steps", "many", r"training\.max_steps = 'many': must be a valid integer"),
@@ -66,6 +67,21 @@ def test_the_resolved_config_loads_to_the_same_config() -> None:
 def test_bad_settings_name_key_value_and_rule(key: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(SMOKE, {key: value})
+
+
+def test_a_renamed_key_in_a_file_names_the_present_one(tmp_path: Path) -> None:
+    old = yaml.safe_load(SMOKE.read_text())
+    old["data"]["layout"] = "text"
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
+    with pytest.raises(ConfigError, match=r"old\.yaml: data\.layout: renamed to data\.format$"):
+        load_config(tmp_path / "old.yaml")
+
+
+def test_every_renamed_key_names_a_key_that_exists() -> None:
+    for former, present in RENAMED.items():
+        section, key = present.split(".")
+        fields = getattr(load_config(SMOKE), section).model_dump()
+        assert key in fields and former.split(".")[1] not in fields
 
 
 def test_a_missing_or_broken_file_says_so(tmp_path: Path) -> None:
@@ -89,5 +105,5 @@ def test_rungs_grow_by_the_reduction_factor_up_to_the_budget() -> None:
 
 
 def test_importing_config_loads_neither_torch_nor_ray() -> None:
-    code = "import sys, raylora.config; sys.exit(bool({'torch', 'ray', 'optuna'} & set(sys.modules)))"
+    code = "import sys, raylora.config.load; sys.exit(bool({'torch', 'ray', 'optuna'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Reading, layouts and splits, with the message of each thing that can be wrong with a file."""
+"""Reading, dataset formats and splits, with the message of each thing that can be wrong with a file."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def test_all_four_formats_give_the_same_rows(tmp_path: Path) -> None:
+def test_all_four_file_types_give_the_same_rows(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     pa.csv.write_csv(pa.Table.from_pylist(ROWS), tmp_path / "a.csv")
@@ -55,7 +55,7 @@ def test_unreadable_files_say_where(tmp_path: Path, name: str, content: str | No
         read_rows(str(tmp_path / name))
 
 
-def test_each_layout_is_told_from_its_columns() -> None:
+def test_each_dataset_format_is_told_from_its_columns() -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     cases = {
         "prompt-completion": ({"prompt": "hi", "completion": "yo"}, "hi", "yo"),
@@ -76,18 +76,18 @@ def test_each_layout_is_told_from_its_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "layout", "message"),
+    ("rows", "format", "message"),
     [
-        ([{"question": "x"}], "auto", r"no known layout has the columns question; known are text: text"),
+        ([{"question": "x"}], "auto", r"no known dataset format has the columns question; known are text: text"),
         ([ROWS[0], {"prompt": "x"}], "auto", r"row 2 has no completion; its columns: prompt"),
-        ([{"prompt": 3, "completion": "x"}], "auto", r"row 1 is not of layout prompt-completion: prompt must be text"),
+        ([{"prompt": 3, "completion": "x"}], "auto", r"row 1 is not of format prompt-completion: prompt must be text"),
         ([{"messages": [{"role": "user", "content": "x"}]}], "auto", "a conversation needs an assistant message"),
         ([{"conversations": [{"from": "bot", "value": "x"}]}], "auto", "unknown speaker 'bot'"),
     ],
 )
-def test_rows_that_fit_no_layout_say_which(rows: list[dict], layout: str, message: str) -> None:
+def test_rows_that_fit_no_dataset_format_say_which(rows: list[dict], format: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        to_examples(rows, layout, source="x")
+        to_examples(rows, format, source="x")
 
 
 def test_parts_share_no_prompt_and_depend_on_the_seed_alone(tmp_path: Path) -> None:

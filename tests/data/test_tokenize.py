@@ -43,14 +43,14 @@ def test_tokens_and_labels_equal_trls(
         train_dataset=datasets.Dataset.from_list([row]),
         processing_class=tokenizer,
     )
-    theirs = trainer.train_dataset[0]
+    expected = trainer.train_dataset[0]
     (example,) = to_examples([row], "auto", source="x")
-    ours = encode(example, tokenizer, completion_only=True)
-    assert ours["input_ids"] == theirs["input_ids"]
-    assert ours["labels"] == theirs["labels"]
+    encoded = encode(example, tokenizer, completion_only=True)
+    assert encoded["input_ids"] == expected["input_ids"]
+    assert encoded["labels"] == expected["labels"]
 
 
-def test_every_assistant_turn_bears_loss_and_nothing_else(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_loss_mask_covers_every_assistant_turn_and_nothing_else(tokenizer: PreTrainedTokenizerBase) -> None:
     turns = [*CHAT, {"role": "user", "content": "say two"}, {"role": "assistant", "content": "two"}]
     (example,) = to_examples([{"messages": turns}], "auto", source="x")
     encoded = encode(example, tokenizer, completion_only=True)

@@ -43,7 +43,7 @@ def test_agreement_counts_over_the_longer_answer() -> None:
 def test_a_difference_in_bleu_is_told_from_chance() -> None:
     words = ("cat", "dog", "cow", "hen", "fox", "owl", "bat", "ant")
     references = [[f"the {word} sat on the mat today", "no"] for word in words]
-    texts = [mine[0] for mine in references]
+    texts = [accepted[0] for accepted in references]
     right, wrong = Answers([], texts, 1.0), Answers([], ["a completely different answer altogether"] * 8, 1.0)
     one_off = Answers([], [*texts[:-1], "the ant sat"], 1.0)
     # whichever way answers are swapped, the difference is the same: it may be chance

@@ -7,9 +7,9 @@ import pytest
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from raylora.errors import ConfigError, MergeError
+from raylora.export import hub
 from raylora.export.gguf import CONVERTER, convert, find_converter
 from raylora.export.hub import push
-from raylora.report import model_card as export
 from raylora.report.model_card import licence
 
 
@@ -51,7 +51,7 @@ def test_a_push_makes_a_private_repository_and_says_when_nobody_is_logged_in(
         def upload_folder(self, *, repo_id: str, folder_path: Path) -> None:
             calls.append((repo_id, folder_path))
 
-    monkeypatch.setattr(export, "HfApi", Hub)
+    monkeypatch.setattr(hub, "HfApi", Hub)
     push(tmp_path, "owner/name", private=True)
     assert calls == [("whoami", None), ("owner/name", True), ("owner/name", tmp_path)]
 
@@ -59,7 +59,9 @@ def test_a_push_makes_a_private_repository_and_says_when_nobody_is_logged_in(
         def whoami(self) -> None:
             raise LocalTokenNotFoundError("Token is required, but no token found.")
 
-    monkeypatch.setattr(export, "HfApi", NobodysHub)
-    with pytest.raises(MergeError, match=r"owner/name could not be put on the Hub: Token is required.*`hf auth login`"):
+    monkeypatch.setattr(hub, "HfApi", NobodysHub)
+    with pytest.raises(
+        MergeError, match=r"owner/name could not be uploaded to the Hub: Token is required.*`hf auth login`"
+    ):
         push(tmp_path, "owner/name", private=True)
     assert len(calls) == 3

@@ -63,20 +63,20 @@ def test_transposed_layers_and_trained_biases_are_those_that_peft_merges(
 def check_against_peft(model: Path, directory: Path, settings: dict[str, Any]) -> None:
     save_adapter(plain(model), directory / "adapter", **settings)
     merged = PeftModel.from_pretrained(plain(model), str(directory / "adapter")).merge_and_unload().state_dict()
-    before = plain(model).state_dict()
+    base = plain(model).state_dict()
     updates = AdapterUpdate(directory / "adapter", AutoConfig.from_pretrained(model))
     assert updates.layers()
-    found = dict(updates.whole())
+    found = dict(updates.replaced_parameters())
     for name in updates.layers():
-        weight = before[f"{name}.weight"]
+        weight = base[f"{name}.weight"]
         transposed = updates.is_transposed(name)
-        new, bias = updates.apply(name, weight.T if transposed else weight, before.get(f"{name}.bias"))
+        new, bias = updates.apply(name, weight.T if transposed else weight, base.get(f"{name}.bias"))
         found[f"{name}.weight"] = new.T if transposed else new
         if bias is not None:
             found[f"{name}.bias"] = bias
     for name, tensor in merged.items():
         # peft sums in place, in another order
-        torch.testing.assert_close(found.get(name, before[name]), tensor, rtol=1e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(found.get(name, base[name]), tensor, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_an_adapter_of_another_base_is_named_with_shapes(tiny_model: Path, gpt2: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_values_that_are_no_numbers_are_named(adapter: Path, tiny_model: Path) -
     name = next(name for name in tensors if "q_proj.lora_B" in name)
     tensors[name][0, 0] = torch.nan
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(MergeError, match=r"q_proj.lora_B.weight in .* no finite numbers"):
+    with pytest.raises(MergeError, match=r"q_proj.lora_B.weight in .* has values that are not finite"):
         AdapterUpdate(adapter, AutoConfig.from_pretrained(tiny_model))
 
 
@@ -128,5 +128,5 @@ def test_an_adapter_that_needs_a_changed_base_is_refused(adapter: Path, tiny_mod
     shutil.copytree(adapter, tmp_path / "pissa")
     file = tmp_path / "pissa" / "adapter_config.json"
     file.write_text(file.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
-    with pytest.raises(MergeError, match="was started by pissa, which changes the base"):
+    with pytest.raises(MergeError, match="was initialised by pissa, which changes the base"):
         AdapterUpdate(tmp_path / "pissa", AutoConfig.from_pretrained(tiny_model))

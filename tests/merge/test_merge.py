@@ -30,17 +30,18 @@ from raylora.errors import BaseModelError, ConfigError, MergeError, RunDirectory
 from raylora.merge import adapter_update as updates
 from raylora.merge import calibrate
 from raylora.merge import select as merging
-from raylora.merge.rounding import Inputs
+from raylora.merge.evaluator import MergeEvaluator
+from raylora.merge.job import MergeJob
+from raylora.merge.rounding import CalibrationInputs
 from raylora.merge.run import check_tolerance, merge_run, save_best_adapter
-from raylora.merge.select import MergeEvaluator, MergeJob, merge_adapter, open_layers
+from raylora.merge.select import merge_adapter, open_reader
 from raylora.report.merge_tables import merge_rows, verdict
-from raylora.run.atomic import read_json
+from raylora.run.atomic import PREFIX, read_json
 from raylora.run.directory import RunDirectory
-from raylora.run.provenance import start
-from raylora.run.tables import Records
+from raylora.run.events import EventLog, Finished, Started
+from raylora.run.provenance import write_provenance
 from raylora.training.losses import pad
-from tests.run.test_tables import REPORT
-from tests.training.test_trl import assignment
+from tests.helpers import LANE, SESSION, proposed, reported
 
 IDS = torch.arange(4, 24)[None]
 LAYERED = ("calibrated", "requantize", "stochastic")
@@ -141,26 +142,28 @@ def test_auto_measures_each_strategy_and_writes_the_best(make_job: Callable[...,
     assert "merged by" in verdict(result)
 
 
-def test_calibration_weighs_what_bears_loss_over_what_does_not(
+def test_calibration_weighs_positions_with_loss_over_the_others(
     make_job: Callable[..., MergeJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job()
-    source, judge = open_layers(job), MergeEvaluator(job, load_tokenizer(job.base, job.base.name))
-    rows = judge.calibration_rows(60)
+    reader, evaluator = open_reader(job), MergeEvaluator(job, load_tokenizer(job.base, job.base.name))
+    rows = evaluator.calibration_rows(60)
     assert 0 < sum(map(len, rows["input_ids"])) <= 60
-    assert len(judge.calibration_rows(1)) == 1
+    assert len(evaluator.calibration_rows(1)) == 1
     seen: list[torch.Tensor] = []
 
     def first_inputs(prompt_weight: float) -> torch.Tensor:
         seen.clear()
-        monkeypatch.setattr(calibrate, "Inputs", lambda *inputs: seen.append(inputs[0]) or Inputs(*inputs))
+        monkeypatch.setattr(
+            calibrate, "CalibrationInputs", lambda *inputs: seen.append(inputs[0]) or CalibrationInputs(*inputs)
+        )
         monkeypatch.setattr(calibrate, "PROMPT_WEIGHT", prompt_weight)
-        calibrate.calibrate(with_adapter(job), rows, source, lambda *_: None, pad_token_id=judge.pad_token_id)
+        calibrate.calibrate(with_adapter(job), rows, reader, lambda *_: None, pad_token_id=evaluator.pad_token_id)
         return seen[0]
 
-    bears_loss = torch.tensor([label != IGNORE for labels in rows["labels"] for label in [*labels[1:], IGNORE]])
-    assert 0 < bears_loss.sum() < len(bears_loss)
-    assert torch.equal(first_inputs(0.25), first_inputs(1) * torch.where(bears_loss, 1.0, 0.5)[:, None])
+    loss_mask = torch.tensor([label != IGNORE for labels in rows["labels"] for label in [*labels[1:], IGNORE]])
+    assert 0 < loss_mask.sum() < len(loss_mask)
+    assert torch.equal(first_inputs(0.25), first_inputs(1) * torch.where(loss_mask, 1.0, 0.5)[:, None])
 
 
 def test_calibration_keeps_the_answers_that_rounding_alone_changes(make_job: Callable[..., MergeJob]) -> None:
@@ -226,10 +229,10 @@ def test_other_models_and_adapters_come_out_as_with_the_adapter_on(
     settings = {"formats": ["nf4", "bf16"], "strategy": "calibrated"}
     job = make_job(make_base(kind, tiny_model, tmp_path / kind), settings=settings, **lora)
     result = merge_adapter(job)
-    wanted = logits(with_adapter(job))
-    moved = (wanted - logits(load_base_model(job.base, job.cache_dir, "cpu"))).square().mean()
+    target = logits(with_adapter(job))
+    moved = (target - logits(load_base_model(job.base, job.cache_dir, "cpu"))).square().mean()
     bf16 = load_plain(str(job.outputs["bf16"]), "cpu", torch.float32)
-    assert (logits(bf16) - wanted).square().mean() < 0.02 * moved
+    assert (logits(bf16) - target).square().mean() < 0.02 * moved
     assert result["forms"]["nf4"]["kl_to_adapter"] < 0.2 * result["models"]["base"]["kl_to_adapter"]
     assert AutoModelForCausalLM.from_pretrained(job.outputs["bf16"], dtype="auto").dtype == torch.bfloat16
 
@@ -244,7 +247,7 @@ def test_a_base_that_exists_only_as_nf4_is_merged_without_its_original(
     result = merge_adapter(job)
     assert not result["base_has_original"]
     assert set(result["models"]) == {"base", "adapter", "calibrated", "stochastic"}
-    with pytest.raises(MergeError, match="the base exists only as NF4, without the original weights"):
+    with pytest.raises(MergeError, match="the base exists only in NF4, and this strategy needs its original weights"):
         merge_adapter(make_job(tmp_path / "nf4", settings={"strategy": "requantize"}))
 
 
@@ -355,16 +358,16 @@ def test_a_merge_killed_half_way_leaves_nothing_that_looks_whole(
     job = make_job()
     code = (
         "import os, signal, sys\n"
-        "from raylora.checkpoints import ShardWriter\n"
+        "from raylora.base.checkpoint_io import ShardWriter\n"
         "ShardWriter.close = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from raylora.cli import app\n"
+        "from raylora.cli.app import app\n"
         "app()\n"
     )
     arguments = ["merge", "--base", job.base.name, "--adapter", str(job.adapter), "--output", str(tmp_path / "out")]
     ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.rglob(".out.*/**/config.json"))
+    assert not list(tmp_path.rglob(f"{PREFIX}out-*/**/config.json"))
 
 
 def test_any_adapter_is_merged_from_the_command_line(
@@ -389,27 +392,32 @@ def test_any_adapter_is_merged_from_the_command_line(
     assert "merge.strategy = 'bestest': must be 'auto', 'all', 'peft'" in failed.stderr
 
 
-def test_of_the_finalists_the_one_best_after_merging_is_chosen(
+def test_of_the_leaders_the_one_best_after_merging_is_chosen(
     make_job: Callable[..., MergeJob], make_config: Callable[..., SearchConfig], tokens: Path, tmp_path: Path
 ) -> None:
     """The first reports the lower loss, and the second, trained for longer, has it once both are merged."""
     run = RunDirectory(tmp_path / "run")
-    start(run, make_config(search={"objective": "merged_eval_loss"}), {"on_gpu": False, "tokens_dir": str(tokens)})
-    records = Records(run)
+    config = make_config(search={"objective": "merged_eval_loss"})
+    write_provenance(run, config, {"on_gpu": False, "data_fingerprint": tokens.name})
+    log = EventLog(run.events_file)
+    for event in (SESSION, LANE):
+        log.append(event)
     for number, steps in enumerate([1, 20]):
         checkpoint = run.trial(number) / "checkpoint-9"
         shutil.copytree(make_job(steps=steps).adapter, checkpoint)
-        records.started(number, assignment(), 9)
-        records.reported(number, {**REPORT, "step": 9, "eval_loss": 1.0 + number, "checkpoint": str(checkpoint)})
-        records.ended(number, "finished")
+        report = reported(number, 9, 1.0 + number, checkpoint=str(checkpoint.relative_to(run.path)))
+        for event in (proposed(number), Started(number, 1, LANE.lane, None), report, Finished(number)):
+            log.append(event)
+    log.flush()
+    log.close()
     assert save_best_adapter(run).number == 0
     result = merge_run(run)
     assert result["trial"] == 1
-    assert result["finalists"][1] < result["finalists"][0]
-    assert result["models"][result["strategy"]]["eval_loss"] == result["finalists"][1]
+    assert result["merged_candidates"][1] < result["merged_candidates"][0]
+    assert result["models"][result["strategy"]]["eval_loss"] == result["merged_candidates"][1]
     weights = "adapter_model.safetensors"
     assert (run.best_adapter / weights).read_bytes() == (run.trial(1) / "checkpoint-9" / weights).read_bytes()
-    assert not list(run.path.glob(".finalist-*"))
+    assert not list(run.path.glob(f"{PREFIX}*"))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +444,7 @@ def test_an_adapter_on_the_hub_is_downloaded(monkeypatch: pytest.MonkeyPatch, tm
         raise LocalEntryNotFoundError("not in the cache, and no network")
 
     monkeypatch.setattr(updates, "snapshot_download", refuse)
-    with pytest.raises(ConfigError, match="owner/name is no directory, nor an adapter that the Hub gives: not in"):
+    with pytest.raises(ConfigError, match="owner/name is neither a directory nor an adapter on the Hub: not in"):
         updates.find_adapter("owner/name")
 
 
@@ -450,7 +458,7 @@ def test_a_command_without_an_adapter_says_what_it_needs() -> None:
 
 def test_steps_out_of_order_say_what_is_missing(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
     run, config = RunDirectory(tmp_path / "run"), make_config()
-    start(run, config, {})
+    write_provenance(run, config, {})
     with pytest.raises(RunDirectoryError, match="holds no trial that reached the full budget"):
         save_best_adapter(run)
     with pytest.raises(RunDirectoryError, match="holds no best_adapter"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raylora.base.nf4 import levels, nearest
-from raylora.merge.rounding import Inputs, calibrated, descend, error_feedback, stochastic
+from raylora.merge.rounding import CalibrationInputs, calibrated, descend, error_feedback, stochastic
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_calibrated_rounding_keeps_the_outputs_that_nearest_rounding_loses(
 ) -> None:
     weight, scale, inputs = layer
     target = weight + 0.01 * torch.randn(32, 4) @ torch.randn(4, 64)
-    rounded = calibrated(weight, target, scale, Inputs(inputs, inputs), sweeps=2, gain_sweeps=0)
+    rounded = calibrated(weight, target, scale, CalibrationInputs(inputs, inputs), sweeps=2, gain_sweeps=0)
     assert torch.equal(nearest(rounded, scale), rounded)
     error = output_error(rounded, target, inputs)
     assert error < 0.2 * output_error(nearest(target, scale), target, inputs)
@@ -52,35 +52,35 @@ def test_calibrated_rounding_keeps_the_outputs_that_nearest_rounding_loses(
 def test_descent_never_makes_the_outputs_worse(layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     weight, scale, inputs = layer
     target = (weight + 0.02 * torch.randn(32, 64)).T.contiguous()
-    seen, scale = Inputs(inputs, inputs), scale.T.contiguous()
-    rounded = error_feedback(target, scale, seen.inverse)
-    gradient = seen.moment @ (rounded - target)
+    statistics, scale = CalibrationInputs(inputs, inputs), scale.T.contiguous()
+    rounded = error_feedback(target, scale, statistics.inverse)
+    gradient = statistics.hessian @ (rounded - target)
 
     def objective() -> float:
         off = rounded - target
-        return float((off * (seen.moment @ off)).sum())
+        return float((off * (statistics.hessian @ off)).sum())
 
     objectives = [objective()]
     for _ in range(3):
-        descend(rounded, gradient, scale, seen.moment)
+        descend(rounded, gradient, scale, statistics.hessian)
         objectives.append(objective())
     assert objectives == sorted(objectives, reverse=True)
     assert objectives[-1] < objectives[0]
-    assert torch.allclose(gradient, seen.moment @ (rounded - target), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(gradient, statistics.hessian @ (rounded - target), rtol=1e-3, atol=1e-3)
 
 
 def test_calibrated_rounding_mends_what_earlier_layers_got_wrong(
     layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     # the merged model's inputs are 5 % too large: outputs come out right only if the weight becomes smaller
-    weight, scale, wanted = layer
+    weight, scale, target = layer
     weight = weight * 0.5  # room on the grid
-    inputs = 1.05 * wanted
-    mended = calibrated(weight, weight, scale, Inputs(inputs, wanted), sweeps=2, gain_sweeps=0)
-    blind = calibrated(weight, weight, scale, Inputs(inputs, inputs), sweeps=2, gain_sweeps=0)
+    inputs = 1.05 * target
+    mended = calibrated(weight, weight, scale, CalibrationInputs(inputs, target), sweeps=2, gain_sweeps=0)
+    blind = calibrated(weight, weight, scale, CalibrationInputs(inputs, inputs), sweeps=2, gain_sweeps=0)
 
     def error(rounded: torch.Tensor) -> float:
-        return float((inputs @ rounded.T - wanted @ weight.T).square().sum())
+        return float((inputs @ rounded.T - target @ weight.T).square().sum())
 
     assert error(mended) < 0.2 * error(blind)
 
@@ -90,11 +90,13 @@ def test_the_gain_keeps_all_of_an_update_that_descent_leaves_half_undone(
 ) -> None:
     weight, scale, inputs = layer
     update = 0.004 * torch.randn(32, 4) @ torch.randn(4, 64)
-    seen = Inputs(inputs, inputs)
+    statistics = CalibrationInputs(inputs, inputs)
 
     def kept(gain_sweeps: int) -> float:
-        rounded = calibrated(weight, weight + update, scale, seen, sweeps=2, gain_sweeps=gain_sweeps)
-        return float((((rounded - weight) @ seen.moment) * update).sum() / ((update @ seen.moment) * update).sum())
+        rounded = calibrated(weight, weight + update, scale, statistics, sweeps=2, gain_sweeps=gain_sweeps)
+        return float(
+            (((rounded - weight) @ statistics.hessian) * update).sum() / ((update @ statistics.hessian) * update).sum()
+        )
 
     # three rounds of a gain that may overshoot by what one more flip brings
     assert kept(0) < 0.85

@@ -8,7 +8,7 @@ import pytest
 from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
 from raylora.run.directory import RunDirectory, check_same_data, open_run
-from raylora.run.provenance import start
+from raylora.run.provenance import write_provenance
 
 
 def test_a_used_directory_needs_resume(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_resuming_with_another_config_names_the_change(
     make_config: Callable[..., SearchConfig], tmp_path: Path
 ) -> None:
     config = make_config()
-    start(open_run(tmp_path / "run", config, resume=False), config, {"seed": 0})
+    write_provenance(open_run(tmp_path / "run", config, resume=False), config, {"seed": 0})
     assert open_run(tmp_path / "run", make_config(search={"n_trials": 50}), resume=True)  # more trials are welcome
     with pytest.raises(RunDirectoryError, match=r"was started with another config.*- max_steps: 9; \+ max_steps: 10"):
         open_run(tmp_path / "run", make_config(training={"max_steps": 10}), resume=True)
@@ -37,7 +37,7 @@ def test_resuming_with_other_data_is_refused(make_config: Callable[..., SearchCo
     config = make_config()
     run = open_run(tmp_path / "run", config, resume=False)
     check_same_data(run, "abc")  # nothing to contradict yet
-    start(run, config, {"data_fingerprint": "abc"})
+    write_provenance(run, config, {"data_fingerprint": "abc"})
     check_same_data(run, "abc")
     with pytest.raises(RunDirectoryError, match=r"was started with other data \(fingerprint abc, now def\)"):
         check_same_data(run, "def")
@@ -46,7 +46,7 @@ def test_resuming_with_other_data_is_refused(make_config: Callable[..., SearchCo
 def test_config_and_provenance_are_read_back(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
     config = make_config()
     run = open_run(tmp_path / "run", config, resume=False)
-    start(run, config, {"data_fingerprint": "abc"})
+    write_provenance(run, config, {"data_fingerprint": "abc"})
     assert run.config() == config
     provenance = run.provenance()
     assert provenance["data_fingerprint"] == "abc"

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raylora.base.locate import load_tokenizer
-from raylora.config.assignment import Assignment
 from raylora.config.schema import SearchConfig
 from raylora.data.prepare import prepare_data
 from raylora.data.rows import load_part
@@ -20,26 +19,9 @@ from raylora.run.metrics import RungMetrics
 from raylora.training import trl as training
 from raylora.training.losses import eval_loss
 from raylora.training.trl import TrlEngine
+from tests.helpers import assignment
 
 RUNGS = [1, 3, 9]
-
-
-def assignment(**changes: object) -> Assignment:
-    values: dict[str, object] = {
-        "r": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.1,
-        "learning_rate": 5e-3,
-        "target_modules": "all-linear",
-        "use_rslora": False,
-        "weight_decay": 0.0,
-        "warmup_ratio": 0.0,
-        "lr_scheduler_type": "cosine",
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "seed": 0,
-    }
-    return Assignment.model_validate({**values, **changes})
 
 
 @pytest.fixture

@@ -16,10 +16,13 @@ from raylora.search.plan import Devices
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
+LOCAL_ENVIRONMENT = {"RAY_worker_niceness": "0"}
+"""Environment of a local Ray instance's processes. Ray's own niceness of 15 starves lanes beside any other program."""
+
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """A connection to a Ray cluster that is already there."""
+    """Connect to a Ray cluster that is already there."""
     ray.init(address=address, **QUIET)
     try:
         yield
@@ -29,9 +32,11 @@ def connected(address: str) -> Iterator[None]:
 
 @contextmanager
 def local_ray(devices: Devices) -> Iterator[None]:
-    """A Ray instance of our own on this machine, of which nothing is left afterwards."""
+    """Start a Ray instance of our own on this machine, of which nothing is left afterwards."""
     # a short private directory: Ray's sockets lie in it, and a socket's path may have 107 characters
     directory = tempfile.mkdtemp(prefix="raylora-")
+    for name, value in LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         ray.init(
             address="local",
@@ -48,13 +53,13 @@ def local_ray(devices: Devices) -> Iterator[None]:
 
 
 def local_devices() -> Devices:
-    """This machine's."""
+    """Return the devices of this machine."""
     n_cpus = len(os.sched_getaffinity(0))
     return Devices(torch.cuda.device_count(), n_cpus, "this machine", node_cpus=n_cpus)
 
 
 def cluster_devices() -> Devices:
-    """The connected cluster's, counting GPU nodes that its autoscaler may still add."""
+    """Return the devices of the connected cluster, with GPU nodes that its autoscaler may still add."""
     resources = ray.cluster_resources()
     n_gpus = max(int(resources.get("GPU", 0)), _autoscaled_gpus(Path("~/ray_bootstrap_config.yaml").expanduser()))
     node_cpus = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
@@ -62,7 +67,7 @@ def cluster_devices() -> Devices:
 
 
 def _autoscaled_gpus(bootstrap_file: Path) -> int:
-    """GPUs at full size, from the file that `ray up` leaves on the head node; 0 where there is none."""
+    """Return the GPUs at full size, from the file that `ray up` leaves on the head node; 0 without the file."""
     if not bootstrap_file.is_file():
         return 0
     types = yaml.safe_load(bootstrap_file.read_text(encoding="utf-8")).get("available_node_types", {})

@@ -6,7 +6,8 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from raylora.quiet import quiet_libraries
 from raylora.run.atomic import write_text
 from raylora.run.directory import RunDirectory
 from raylora.run.metrics import RungMetrics
-from raylora.search.ray.broker import Job, Order
+from raylora.search.messages import Batch, Failure, Leave, News, Order, Ready, Report, Return, Start
 from raylora.training.choose import load_engine
 from raylora.training.memory import MemoryEstimate
 from raylora.training.packed.engine import PackedEngine
@@ -32,9 +33,11 @@ from raylora.training.packed.engine import PackedEngine
 MAX_RESTARTS = 20
 """How often Ray Train brings a lane's process back before the lane counts as lost."""
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
 
 class Engine(Protocol):
-    """What trains one trial at a time. `raylora.training.TrlEngine` is one."""
+    """An engine that trains one trial at a time; `raylora.training.trl.TrlEngine` is one."""
 
     def fit(
         self,
@@ -49,7 +52,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """What a lane needs to come up by itself, wherever Ray places it."""
+    """All that a lane needs to come up by itself, wherever Ray places it."""
 
     name: str
     broker: ActorHandle
@@ -68,7 +71,7 @@ class LaneSettings:
 
 
 def lane_trainer(settings: LaneSettings) -> TorchTrainer:
-    """The Ray Train run that is the lane; its `fit` returns when the broker closes.
+    """Return the Ray Train run that is the lane; its `fit` returns when the broker closes.
 
     One run per lane, since a run restarts all its workers when one dies.
     """
@@ -90,14 +93,13 @@ def lane_trainer(settings: LaneSettings) -> TorchTrainer:
 
 
 def run_lane(train_loop_config: dict[str, Any]) -> None:
-    """Ray Train's worker function: loads the base, then trains until the broker closes."""
+    """Load the base, then train until the broker closes; Ray Train's worker function."""
     settings: LaneSettings = ray.get(train_loop_config["settings"])
     began = time.perf_counter()
     quiet_libraries()
     torch.set_num_threads(settings.threads)
     _forget_process_group()
     run = RunDirectory(settings.run_path)
-    broker = settings.broker
     try:
         _check_shared(settings.tokens_dir)
         engine = settings.load_engine(
@@ -109,16 +111,16 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
             memory=settings.memory,
         )
     except Exception as error:  # whatever keeps the base from loading would do so again: no restart
-        ray.get(broker.lane_lost.remote(settings.name, describe_failure(error)))
+        ray.get(settings.broker.lose.remote(settings.name, describe_failure(error)))
         return
     # all that lives now lives for ever; without it a collection between trials takes 0.4 s to walk the libraries
     gc.freeze()
-    facts = _facts(settings, engine, time.perf_counter() - began)
-    link = Link(settings, ray.get(broker.lane_ready.remote(settings.name, facts)))
+    link = Link(settings.broker, settings.name)
+    ready = Ready(_slots(engine), _facts(settings, engine, time.perf_counter() - began))
     if isinstance(engine, PackedEngine):
-        serve_pack(engine, link, run)
+        serve_pack(engine, link, run, ready)
     else:
-        serve_one(engine, link, run)
+        serve_one(engine, link, run, ready)
 
 
 def _check_shared(tokens_dir: Path) -> None:
@@ -130,144 +132,214 @@ def _check_shared(tokens_dir: Path) -> None:
 
 
 class Link:
-    """A lane's line to the broker. Orders are asked for ahead, so that a lane in training need not wait for them."""
+    """A lane's line to the controller, by way of the broker.
 
-    def __init__(self, settings: LaneSettings, life: int) -> None:
-        self._broker, self._name, self._life = settings.broker, settings.name, life
-        self._orders: list[Order] = []
+    Orders are asked for ahead of time, so that a lane that trains need not wait for them.
+    """
+
+    def __init__(self, broker: ActorHandle, lane: str) -> None:
+        self._broker, self._lane = broker, lane
+        self._process: int = ray.get(broker.connect.remote(lane))
+        self._round = self._answered = 0
         self._asked = self._ask()
 
-    def orders(self, *, wait: bool) -> list[Order] | None:
-        """What to do now; empty where there is nothing and `wait` is false. None: the search is over."""
-        if not wait and not ray.wait([self._asked], timeout=0)[0]:
-            return []
-        orders = ray.get(self._asked)
-        if orders is not None:
-            self._asked = self._ask()
+    def exchange(self, news: list[News]) -> list[Order] | None:
+        """Send news and wait for the answer: orders, or None once the search is over."""
+        self._round += 1
+        ray.get(self._broker.post.remote(Batch(self._lane, self._process, self._round, news)))
+        orders: list[Order] = []
+        while self._answered < self._round:
+            new = self._take()
+            if new is None:
+                return None
+            orders += new
         return orders
 
-    def next_order(self) -> Order | None:
-        """Waits for one order. None: the search is over."""
-        if not self._orders:
-            self._orders = self.orders(wait=True) or []
-        return self._orders.pop(0) if self._orders else None
+    def poll(self, *, wait: bool) -> list[Order] | None:
+        """Return orders that came without being asked for; empty where there are none and `wait` is false."""
+        if not wait and not ray.wait([self._asked], timeout=0)[0]:
+            return []
+        return self._take()
 
-    def report(self, number: int, report: RungMetrics, *, final: bool) -> None:
-        """Hands a report to Tune, by way of the broker."""
-        ray.get(self._broker.report.remote(number, {**asdict(report), "lane": self._name}, final=final))
-
-    def fail(self, number: int, error: Exception, directory: Path) -> None:
-        """Whatever a trial raises is recorded as its failure, and the lane lives on."""
-        write_text(directory / "error.txt", "".join(traceback.format_exception(error)))
-        ray.get(self._broker.fail.remote(number, describe_failure(error)))
-        if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
-            raise RuntimeError(f"the GPU cannot be used by this process any more after: {describe_failure(error)}")
-
-    def give_back(self, checkpoints: dict[int, str | None]) -> None:
-        """Sends trials back to the queue, for which there is no memory."""
-        ray.get(self._broker.give_back.remote(self._name, checkpoints))
+    def _take(self) -> list[Order] | None:
+        reply = ray.get(self._asked)
+        if reply is None:
+            return None
+        self._answered, orders = reply
+        self._asked = self._ask()
+        return orders
 
     def _ask(self) -> ray.ObjectRef:
-        return self._broker.orders.remote(self._name, self._life)
+        return self._broker.orders.remote(self._lane, self._process, self._answered)
 
 
-def serve_one(engine: Engine, link: Link, run: RunDirectory) -> None:
-    """Trains one trial after another until the broker closes."""
-    while order := link.next_order():
-        if order.job is not None:  # else it is of a trial that has failed meanwhile
-            _fit(engine, link, run, order.job)
+def serve_pack(engine: PackedEngine, link: Link, run: RunDirectory, ready: Ready) -> None:
+    """Train the trials that the controller sends, together, until the search is over."""
+    pack = _Pack(engine, run)
+    orders = link.exchange([ready])
+    while orders is not None:
+        news = [news for order in orders for news in pack.obey(order)] + pack.step()
+        orders = link.exchange(news) if news else link.poll(wait=not engine.trials)
 
 
-def _fit(engine: Engine, link: Link, run: RunDirectory, job: Job) -> None:
-    def report(report: RungMetrics) -> bool:
-        final = report.step >= job.rungs[-1]
-        link.report(job.number, report, final=final)
-        order = None if final else link.next_order()
-        while order is not None and order.number != job.number:
-            order = link.next_order()
-        return order is None or order.what == "leave"
+class _Pack:
+    """Turns orders and steps into news."""
 
-    directory = run.trial(job.number)
+    def __init__(self, engine: PackedEngine, run: RunDirectory) -> None:
+        self._engine, self._run = engine, run
+        self._starts: dict[int, Start] = {}
+        """Order that each trial on the lane was started by."""
+
+    def obey(self, order: Order) -> list[News]:
+        """Take a trial in or out."""
+        if isinstance(order, Leave):
+            self._remove(order.number)
+            return []
+        self._starts[order.number] = order
+        try:
+            self._engine.add(
+                order.number,
+                Assignment(**order.assignment),
+                rungs=order.rungs,
+                directory=self._run.trial(order.number),
+                resume_from=absolute(self._run, order.resume_from),
+            )
+        except Exception as error:
+            return [self._drop(order.number, error)]
+        return []
+
+    def step(self) -> list[News]:
+        """Train all trials for one step; validate those that have reached a rung."""
+        engine = self._engine
+        if not engine.trials:
+            return []
+        try:
+            found = engine.step()
+        except OUT_OF_MEMORY as error:
+            if len(engine.trials) == 1:
+                return [self._drop(next(iter(engine.trials)), error)]
+            return [self._shrink(describe_failure(error))]
+        return [self._tell(number, metrics) for number, metrics in found.items()]
+
+    def _tell(self, number: int, found: RungMetrics | Exception) -> News:
+        if isinstance(found, RungMetrics):
+            return Report(number, self._starts[number].segment, relative_to(self._run, found))
+        return self._drop(number, found)
+
+    def _drop(self, number: int, error: Exception) -> News:
+        start = self._starts[number]
+        alone = not (self._engine.trials.keys() - {number})
+        self._remove(number)
+        return what_failed(start, error, self._run, alone=alone, slots=max(1, len(self._engine.trials)))
+
+    def _shrink(self, reason: str) -> Return:
+        checkpoints = self._engine.shrink()
+        segments = {number: self._starts.pop(number).segment for number in checkpoints}
+        relative = {number: relative_path(self._run, checkpoint) for number, checkpoint in checkpoints.items()}
+        return Return(relative, segments, reason, slots=self._engine.slots)
+
+    def _remove(self, number: int) -> None:
+        self._starts.pop(number, None)
+        if number in self._engine.trials:
+            self._engine.remove(number)
+
+
+def serve_one(engine: Engine, link: Link, run: RunDirectory, ready: Ready) -> None:
+    """Train one trial after another until the search is over."""
+    orders = link.exchange([ready])
+    while orders is not None:
+        start = next((order for order in orders if isinstance(order, Start)), None)
+        orders = _fit(engine, link, run, start) if start is not None else link.poll(wait=True)
+
+
+def _fit(engine: Engine, link: Link, run: RunDirectory, start: Start) -> list[Order] | None:
+    """Return the orders that ended the trial's stay; None once the search is over."""
+    orders: list[Order] | None = []
+
+    def report(metrics: RungMetrics) -> bool:
+        nonlocal orders
+        orders = link.exchange([Report(start.number, start.segment, relative_to(run, metrics))])
+        return orders is None or Leave(start.number) in orders
+
     try:
         engine.fit(
-            Assignment(**job.assignment),
-            rungs=job.rungs,
-            directory=directory,
+            Assignment(**start.assignment),
+            rungs=start.rungs,
+            directory=run.trial(start.number),
             report=report,
-            resume_from=job.resume_from,
+            resume_from=absolute(run, start.resume_from),
         )
     except Exception as error:
-        link.fail(job.number, error, directory)
+        return link.exchange([what_failed(start, error, run, alone=True, slots=1)])
+    return orders
 
 
-def serve_pack(engine: PackedEngine, link: Link, run: RunDirectory) -> None:
-    """Trains whatever trials the broker sends, together, until it closes."""
-    while (orders := link.orders(wait=not engine.training)) is not None:
-        for order in orders:
-            if order.job is not None:
-                _join(engine, link, run, order.job)
-            elif order.what == "go_on":
-                engine.go_on(order.number)
-            elif order.number in engine.trials:
-                engine.remove(order.number)
-        if engine.training:
-            _step(engine, link, run)
+def what_failed(start: Start, error: Exception, run: RunDirectory, *, alone: bool, slots: int) -> News:
+    """Return the news of an error that took one trial out of its lane.
 
+    A trial that lacks memory beside others goes back to the queue, and one whose files or disk failed too. Any other
+    error is the trial's own: its traceback is kept in `error.txt`.
 
-def _join(engine: PackedEngine, link: Link, run: RunDirectory, job: Job) -> None:
-    try:
-        engine.add(
-            job.number,
-            Assignment(**job.assignment),
-            rungs=job.rungs,
-            directory=run.trial(job.number),
-            resume_from=job.resume_from,
-        )
-    except torch.OutOfMemoryError as error:
-        if engine.trials:
-            link.give_back({job.number: job.resume_from})
-        else:
-            link.fail(job.number, error, run.trial(job.number))
-    except Exception as error:
-        link.fail(job.number, error, run.trial(job.number))
+    Args:
+        start: the order that started the trial.
+        error: what it raised.
+        run: the run directory.
+        alone: True if no other trial was on the lane.
+        slots: trials that are left on the lane, at least 1.
 
-
-def _step(engine: PackedEngine, link: Link, run: RunDirectory) -> None:
-    try:
-        reports = engine.step()
-    except torch.OutOfMemoryError as error:
-        if len(engine.trials) > 1:
-            link.give_back(engine.shrink())
-            return
-        reports = dict.fromkeys(engine.trials, error)
-    for number, report in reports.items():
-        if isinstance(report, RungMetrics):
-            final = report.step >= engine.trials[number].rungs[-1]
-            link.report(number, report, final=final)
-        else:
-            final = True
-            link.fail(number, report, run.trial(number))
-        if final:
-            engine.remove(number)
+    Raises:
+        RuntimeError: the GPU cannot be used by this process any more; Ray Train starts another.
+    """
+    reason = describe_failure(error)
+    with suppress(OSError):
+        write_text(run.trial(start.number) / "error.txt", "".join(traceback.format_exception(error)))
+    if isinstance(error, OUT_OF_MEMORY) and not alone:
+        return Return({start.number: None}, {start.number: start.segment}, reason, slots=slots)
+    if isinstance(error, OSError):
+        reason = f"trial {start.number}: {reason}"
+        return Return({start.number: None}, {start.number: start.segment}, reason, machine_fault=True)
+    if isinstance(error, torch.AcceleratorError) and not isinstance(error, OUT_OF_MEMORY):
+        raise RuntimeError(f"the GPU cannot be used by this process any more after: {reason}")
+    return Failure(start.number, start.segment, reason)
 
 
 def describe_failure(error: Exception) -> str:
-    """One line that a table can hold."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    """Return one line that a table can hold."""
+    if isinstance(error, OUT_OF_MEMORY):
         return f"out of memory: {_first_line(error)}"
     return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def relative_to(run: RunDirectory, metrics: RungMetrics) -> RungMetrics:
+    """Return metrics whose checkpoint is named relative to the run directory, which may be moved."""
+    return replace(metrics, checkpoint=relative_path(run, metrics.checkpoint) or "")
+
+
+def relative_path(run: RunDirectory, checkpoint: str | None) -> str | None:
+    """Return a checkpoint's path relative to the run directory."""
+    return None if checkpoint is None else os.path.relpath(checkpoint, run.path)
+
+
+def absolute(run: RunDirectory, checkpoint: str | None) -> str | None:
+    """Return a checkpoint's path on this machine."""
+    return None if checkpoint is None else str(run.path / checkpoint)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0][:300]
 
 
+def _slots(engine: Engine | PackedEngine) -> int:
+    return engine.slots if isinstance(engine, PackedEngine) else 1
+
+
 def _facts(settings: LaneSettings, engine: Engine | PackedEngine, seconds: float) -> dict[str, Any]:
     return {
         "engine": type(engine).__name__,
         "reason": getattr(engine, "reason", None),
-        "slots": engine.slots if isinstance(engine, PackedEngine) else 1,
+        "slots": _slots(engine),
         "host": socket.gethostname(),
+        "node": ray.get_runtime_context().get_node_id(),
         "pid": os.getpid(),
         "device": torch.cuda.get_device_name() if settings.on_gpu else "cpu",
         "threads": settings.threads,
@@ -277,7 +349,7 @@ def _facts(settings: LaneSettings, engine: Engine | PackedEngine, seconds: float
 
 
 def _forget_process_group() -> None:
-    """Leaves the process group of one that TorchTrainer made: accelerate would wrap each model in DDP for it."""
+    """Leave the process group of one that TorchTrainer made: accelerate would wrap each model in DDP for it."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -1,4 +1,7 @@
-"""Tune's view of a trial: a light actor that asks the broker for the trial's reports."""
+"""Tune's view of a lane: one light Tune trial, whose results are what the lane's trials report.
+
+One for each lane and not for each trial: the number of trials that share a GPU costs no process anywhere.
+"""
 
 import math
 from typing import Any
@@ -8,18 +11,14 @@ from ray import tune
 from ray.actor import ActorHandle
 
 
-class TrialProxy(tune.Trainable):
-    """Reused from trial to trial. A failed trial ends with a result that says so: an error would cost the actor."""
+class LaneTrial(tune.Trainable):
+    """Hands the batches of one lane from the broker to Tune. One that dies is replaced, and nothing is lost with it."""
 
-    def setup(self, config: dict[str, Any], broker: ActorHandle, max_steps: int) -> None:
-        self._broker, self._max_steps = broker, max_steps
-        self.reset_config(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._number = new_config["number"]
-        return True
+    def setup(self, config: dict[str, Any], broker: ActorHandle) -> None:
+        self._lane, self._broker, self._n_seen = config["lane"], broker, 0
 
     def step(self) -> dict[str, Any]:
-        report = ray.get(self._broker.next_report.remote(self._number))
-        # Tune insists on the metric in every result; without a step it does not count
-        return {"eval_loss": math.nan, **report, "done": report.get("step", self._max_steps) >= self._max_steps}
+        news = ray.get(self._broker.news.remote(self._lane, self._n_seen))
+        self._n_seen, batches = news if news is not None else (self._n_seen, [])
+        # Tune insists on the searcher's metric in every result (Ray 2.60)
+        return {"batches": batches, "eval_loss": math.nan, "done": news is None}

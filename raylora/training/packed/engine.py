@@ -1,11 +1,12 @@
-"""Trains the trials of one lane together, step by step, on a resident base. Knows nothing of Ray.
+"""Trains the trials of one lane together, step by step, on a resident base, without Ray.
 
 Each trial keeps its own rank, scaling, dropout, learning rate, schedule, weight decay, clipping, accumulation, seed,
-row order and batch size; `raylora.packed` lets them share the passes through the base.
+row order and batch size; `raylora.training.packed.forward` lets them share the passes through the base.
 """
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,21 +23,23 @@ from raylora.training.packed.forward import Pack
 from raylora.training.packed.layout import MicroBatch
 from raylora.training.packed.trial import PackedTrial
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
 
 class PackedEngine:
-    """A resident base, its data, and the trials that are on it now.
+    """A resident base, its data, and the trials that train on it now.
 
     Args:
         model: frozen base.
-        names: its linear layers.
+        names: names of its linear layers.
         train: training rows.
         validation: validation rows.
         training: settings that all trials share.
-        slots: trials at once; whoever adds them keeps to it.
-        tokens_per_pass: a pass through the base takes micro-batches up to so many tokens, and at least one.
-        autocast: type of activations where it is not the parameters' own.
-        grouped: see `Pack`; ranks are then filled up to a multiple of 8, which the kernels ask for.
-        dtype: of the adapters.
+        slots: number of trials at once; the caller of `add` keeps to it.
+        tokens_per_pass: most tokens of a pass through the base, unless a single micro-batch has more.
+        autocast: type of activations, if it is not the parameters' own.
+        grouped: as in `Pack`; ranks are then padded to a multiple of 8, which the kernels demand.
+        dtype: type of the adapters.
     """
 
     def __init__(
@@ -59,32 +62,26 @@ class PackedEngine:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._on_gpu = model.device.type == "cuda"
         self._adapter_options = {"device": model.device, "dtype": dtype, "rank_multiple": 8 if grouped else 1}
-        self._train, self._validation = train, validation
+        self._train_rows, self._validation_rows = train, validation
         self._training, self.tokens_per_pass = training, tokens_per_pass
         self.trials: dict[int, PackedTrial] = {}
-        self._waiting: set[int] = set()
         reset_peak_memory()
 
     def close(self) -> None:
-        """Gives the base back as it was found."""
+        """Give the base back as it was found."""
         self.pack.close()
         self.pack.model.gradient_checkpointing_disable()
-
-    @property
-    def training(self) -> list[int]:
-        """Numbers of the trials that the next step trains."""
-        return [number for number in self.trials if number not in self._waiting]
 
     def add(
         self, number: int, assignment: Assignment, *, rungs: list[int], directory: Path, resume_from: str | None = None
     ) -> None:
-        """Puts a trial into the pack, from its start or from a checkpoint."""
+        """Put a trial into the pack, from its start or from a checkpoint."""
         began = time.perf_counter()
         trial = PackedTrial(
             assignment,
             self._training,
             self.pack.shapes,
-            self._train.lengths,
+            self._train_rows.lengths,
             rungs=rungs,
             directory=directory,
             **self._adapter_options,
@@ -94,52 +91,61 @@ class PackedEngine:
         trial.seconds["other"] += time.perf_counter() - began
         self.trials[number] = trial
 
-    def go_on(self, number: int) -> None:
-        """Lets a trial train that waits at a rung."""
-        self._waiting.discard(number)
-
     def remove(self, number: int) -> PackedTrial:
-        """Takes a trial out of the pack, at a step boundary as everything here."""
-        self._waiting.discard(number)
+        """Take a trial out of the pack, between two steps."""
         return self.trials.pop(number)
 
     def shrink(self) -> dict[int, str | None]:
-        """Takes the younger half of the pack out, for want of memory.
+        """Take the younger half of the pack out, for want of memory.
 
         Returns:
-            Number -> checkpoint to go on from, None where the trial has not begun.
+            Number -> checkpoint saved now; None if the trial has not begun or cannot be saved.
         """
         checkpoints: dict[int, str | None] = {}
         for number in list(self.trials)[math.ceil(len(self.trials) / 2) :]:
-            trial = self.remove(number)
-            checkpoints[number] = str(trial.save()) if trial.step else None
+            trial, checkpoints[number] = self.remove(number), None
+            with suppress(OSError):
+                checkpoints[number] = str(trial.save()) if trial.step else None
         self.slots = len(self.trials)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return checkpoints
 
-    def step(self) -> dict[int, RungMetrics | TrialError]:
-        """One optimizer step of every trial that does not wait; those that reach a rung by it report, and wait.
+    def step(self) -> dict[int, RungMetrics | TrialError | OSError]:
+        """Train every trial for one optimizer step, then validate and save those that have reached a rung.
+
+        Trials that stand at a rung unreported, as after a step that ran out of memory while validating, report first.
+
+        Returns:
+            Number -> metrics of each trial at a rung, or why it cannot go on.
 
         Raises:
-            torch.OutOfMemoryError: the pack is too large. Every trial is as it was before the step.
+            torch.OutOfMemoryError: the pack is too large. No trial has lost anything.
         """
-        trials = [self.trials[number] for number in self.training]
+        if not self._due():
+            self._train()
+        return self._report(self._due())
+
+    def _due(self) -> list[int]:
+        return [number for number, trial in self.trials.items() if trial.is_due]
+
+    def _train(self) -> None:
+        trials = list(self.trials.values())
         owners, batches = [], []
         for trial in trials:
-            for batch in trial.micro_batches(self._train):
+            for batch in trial.micro_batches(self._train_rows):
                 owners.append(trial)
                 batches.append(batch)
         began = time.perf_counter()
         try:
             losses = torch.cat([self.pack.backward(part) for part in cut(batches, self.tokens_per_pass)])
-        except (torch.OutOfMemoryError, MemoryError):
+        except OUT_OF_MEMORY:
             for trial in trials:
                 trial.adapter.zero_grad()
             raise
         for trial in trials:
             trial.update()
-        if self._on_gpu and any(trial.at_rung for trial in trials):
+        if self._on_gpu and self._due():
             torch.cuda.synchronize()  # what is still under way belongs to training, not to validation
         seconds = time.perf_counter() - began
         n_tokens = sum(batch.n_tokens for batch in batches)
@@ -148,40 +154,56 @@ class PackedEngine:
             trial.tokens_seen += batch.n_tokens
             # passes are shared, and so is their time: by tokens
             trial.seconds["train"] += seconds * batch.n_tokens / n_tokens
-        return self._reports([number for number in self.training if self.trials[number].at_rung])
 
-    def _reports(self, numbers: list[int]) -> dict[int, RungMetrics | TrialError]:
-        self._waiting.update(numbers)
-        reports: dict[int, RungMetrics | TrialError] = {}
+    def _report(self, numbers: list[int]) -> dict[int, RungMetrics | TrialError | OSError]:
+        reports: dict[int, RungMetrics | TrialError | OSError] = {}
         for number, eval_loss in self._validate(numbers).items():
             trial = self.trials[number]
-            if math.isfinite(eval_loss):
-                reports[number] = trial.report(eval_loss)
-            else:
+            if not math.isfinite(eval_loss):
                 reports[number] = TrialError(f"diverged: eval_loss is {eval_loss} at step {trial.step}")
+                continue
+            try:
+                reports[number] = trial.report(eval_loss)
+            except OSError as error:
+                reports[number] = error
         return reports
 
     def _validate(self, numbers: list[int]) -> dict[int, float]:
-        """Mean loss per token of each trial on its rung's validation rows, in the same passes."""
+        """Return the mean loss per token of each trial on its rung's validation rows, in the same passes.
+
+        Where memory runs short, passes are made smaller down to one row each.
+        """
         if not numbers:
             return {}
         began = time.perf_counter()
-        data, size = self._validation, self._training.per_device_eval_batch_size
+        rows, tokens = self._training.per_device_eval_batch_size, self.tokens_per_pass
+        while True:
+            try:
+                losses = self._eval_losses(numbers, rows_per_batch=rows, tokens_per_pass=tokens)
+                break
+            except OUT_OF_MEMORY:
+                if rows == 1:
+                    raise
+                rows, tokens = rows // 2, tokens // 2
+        for number in numbers:
+            self.trials[number].seconds["eval"] += (time.perf_counter() - began) / len(numbers)
+        return losses
+
+    def _eval_losses(self, numbers: list[int], *, rows_per_batch: int, tokens_per_pass: int) -> dict[int, float]:
+        data = self._validation_rows
         owners, batches, n_predicted = [], [], {}
         for number in numbers:
             trial = self.trials[number]
             rows = validated_rows(data.lengths, trial.step, trial.rungs, self._training)
             n_predicted[number] = sum(data.n_predicted(row) for row in rows)
-            for part in (rows[start : start + size] for start in range(0, len(rows), size)):
+            for part in (rows[start : start + rows_per_batch] for start in range(0, len(rows), rows_per_batch)):
                 ids, labels = [data.input_ids(row) for row in part], [data.labels(row) for row in part]
                 owners.append(number)
                 batches.append(MicroBatch(trial.adapter, ids, labels))
-        losses = torch.cat([self.pack.nll(part) for part in cut(batches, self.tokens_per_pass)]).tolist()
+        losses = torch.cat([self.pack.nll(part) for part in cut(batches, max(1, tokens_per_pass))]).tolist()
         total = dict.fromkeys(numbers, 0.0)
         for number, loss in zip(owners, losses, strict=True):
             total[number] += loss
-        for number in numbers:
-            self.trials[number].seconds["eval"] += (time.perf_counter() - began) / len(numbers)
         return {number: total[number] / max(1, n_predicted[number]) for number in numbers}
 
 

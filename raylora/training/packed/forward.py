@@ -1,18 +1,18 @@
 """Trains many LoRA adapters on one frozen base at once: one forward and one backward pass serve them all.
 
 The rows of all trials are laid end to end, without padding, as one sequence of tokens. Each layer of the base
-multiplies all tokens at once; to the tokens of each trial, the trial's own low-rank update is added:
+multiplies all tokens at once. The low-rank update of each trial is added to the trial's own tokens:
 
     y = W x + scaling * B A dropout(x)                              (LoRA, arXiv:2106.09685, section 4.1)
 
-Only attention looks across tokens, and it is given each row by itself. As the base is frozen and no token sees
-another row, the gradient of the summed losses with respect to one adapter is the gradient of its own trial's loss:
-what a trial learns does not depend on who trains beside it.
+Only attention looks across tokens, and it gets each row by itself. The base is frozen and no token sees another row.
+So the gradient of the summed losses with respect to one adapter is the gradient of its own trial's loss. A trial learns
+the same whatever trains beside it.
 
     pack = Pack(model, names)
     adapter = Adapter(pack.shapes, r=8, scaling=2.0, dropout=0.05, seed=0)
     losses = pack.backward([MicroBatch(adapter, rows, labels, weight=1 / n_tokens, key=step)])
-    # adapter.parameters now hold gradients; any torch optimizer takes it from here
+    # adapter.parameters now have gradients, ready for any torch optimizer
 """
 
 from collections.abc import Callable
@@ -32,17 +32,17 @@ from raylora.training.packed.layout import Group, Layout, MicroBatch
 
 
 class Pack:
-    """A frozen base through which many adapters train. Adapters may come and go between any two calls.
+    """A frozen base through which many adapters train. Adapters may join and leave between any two calls.
 
-    The base keeps its modules, of which the linear ones get another `forward`; `close` leaves it as it was found.
+    The base keeps its modules. Its linear layers get another `forward` until `close` restores their own.
 
     Args:
         model: causal language model with frozen parameters, on any device.
-        names: its linear layers that adapters may adapt.
-        autocast: type of activations where that is not the parameters' own, e.g. bfloat16 on a GPU.
-        grouped: take the products of adapters of one shape in one call. Launching kernels for each adapter would eat up
-            what a pack gains on a GPU; on a CPU there is nothing to launch.
-        chunk: positions whose logits exist at once.
+        names: names of the linear layers that adapters may adapt.
+        autocast: dtype of activations, e.g. bfloat16 on a GPU; None is the dtype of the parameters.
+        grouped: True to take the products of adapters of the same shapes in one call. On a GPU, launching kernels for
+            each adapter would cost what the pack gains. On a CPU there are no launches to save.
+        chunk: positions whose logits are in memory at once.
     """
 
     def __init__(
@@ -57,50 +57,65 @@ class Pack:
         self.model, self._autocast, self._grouped, self._chunk = model, autocast, grouped, chunk
         self._layers = {name: model.get_submodule(name) for name in names}
         self.shapes: Shapes = {name: _features(layer) for name, layer in self._layers.items()}
+        """Layer -> (in_features, out_features)."""
+
         self._layout: Layout | None = None
         for index, (name, layer) in enumerate(self._layers.items()):
-            layer.forward = self._adapted(index, name, layer)
-        # without a gradient at its very input, the first layers' products would stay out of the graph
+            layer.forward = self._make_forward(index, name, layer)
+        # the embeddings must require a gradient, else autograd leaves the first layers out of the graph
         self._handle = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
-        self._attention_before = model.config._attn_implementation
+        self._original_attention = model.config._attn_implementation
         self._attention = f"within-rows-{id(self)}"
         ALL_ATTENTION_FUNCTIONS[self._attention] = self._attend_within_rows
         model.eval()
         model.set_attn_implementation(self._attention)
 
     def close(self) -> None:
-        """Gives the base back."""
+        """Restore the base's own layers and attention."""
         for layer in self._layers.values():
-            del layer.forward  # the class's own comes back
+            del layer.forward  # uncovers the method of the class
         self._handle.remove()
-        self.model.set_attn_implementation(self._attention_before)
+        self.model.set_attn_implementation(self._original_attention)
         del ALL_ATTENTION_FUNCTIONS[self._attention]
 
     def backward(self, micro_batches: list[MicroBatch]) -> Tensor:
-        """Adds the gradient of each micro-batch's loss to its adapter's.
+        """Add the gradient of each micro-batch's loss to the gradient of its adapter.
+
+        Args:
+            micro_batches: rows of any trials; a trial may have several.
 
         Returns:
-            (len(micro_batches),) the losses: weight times the sum over tokens, in nats.
+            Losses, (n_micro_batches,), float64: weight times the sum over tokens with loss, in nats.
         """
-        self._train(True)
+        self._set_training(True)
         hidden, layout = self._hidden(micro_batches)
         nll, grad_hidden = self._cross_entropy(hidden.detach(), layout, with_gradient=True)
         hidden.backward(grad_hidden)
         self._layout = None
         for group in layout.groups:
-            group.hand_out_gradients()
+            group.add_gradients_to_adapters()
         return layout.weights * layout.sums(nll)
 
     @torch.no_grad()
     def nll(self, micro_batches: list[MicroBatch]) -> Tensor:
-        """(len(micro_batches),) negative log-likelihood in nats, summed over the tokens that bear loss."""
-        self._train(False)
+        """Return the negative log-likelihood of each micro-batch, without weight.
+
+        Args:
+            micro_batches: rows of any trials.
+
+        Returns:
+            (n_micro_batches,), float64: the sum over tokens with loss, in nats.
+        """
+        self._set_training(False)
         hidden, layout = self._hidden(micro_batches)
         self._layout = None
         return layout.sums(self._cross_entropy(hidden, layout, with_gradient=False)[0])
 
-    def _train(self, training: bool) -> None:
-        """Gradient checkpointing needs training mode; the base's own dropout would tie a trial to its pack."""
+    def _set_training(self, training: bool) -> None:
+        """Set training or evaluation mode. Gradient checkpointing needs training mode.
+
+        The base's own dropout stays off: its random draws would make a trial depend on its pack.
+        """
         if self.model.training != training:
             self.model.train(training)
             for module in self.model.modules():
@@ -108,7 +123,7 @@ class Pack:
                     module.eval()
 
     def _hidden(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Layout]:
-        """(n, hidden_size) last hidden states at the n positions whose next token bears loss."""
+        """Return the last hidden states at positions whose next token has a loss, (n, hidden_size), and the layout."""
         device = self.model.device
         self._layout = layout = Layout(micro_batches, device, self._autocast, grouped=self._grouped)
         backbone = getattr(self.model, self.model.base_model_prefix)
@@ -116,8 +131,8 @@ class Pack:
             output = backbone(input_ids=layout.input_ids[None], position_ids=layout.position_ids[None], use_cache=False)
         return output.last_hidden_state[0][layout.predicting], layout
 
-    def _adapted(self, index: int, name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What takes the place of a linear layer's forward."""
+    def _make_forward(self, index: int, name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return the forward function that replaces that of a linear layer."""
 
         def forward(x: Tensor) -> Tensor:
             groups = [group for group in self._layout.groups if name in group.lora_A] if self._layout else []
@@ -137,13 +152,20 @@ class Pack:
         sliding_window: int | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """Causal attention of each row to itself. Arguments and result as in transformers' attention interface.
+        """Apply causal attention to each row by itself. The signature is that of transformers' attention interface.
 
         Args:
-            query, key, value: (1, heads, tokens, head_dim).
+            module: the attention module.
+            query: (1, heads, n_tokens, head_dim).
+            key: (1, key_value_heads, n_tokens, head_dim).
+            value: (1, key_value_heads, n_tokens, head_dim).
+            attention_mask: ignored, since rows have no padding.
+            scaling: factor of the scores; None is transformers' default.
+            sliding_window: largest distance in tokens that a token sees; None sets no limit.
+            options: of these, `softcap` goes on to transformers, which refuses it.
 
         Returns:
-            (1, tokens, heads, head_dim).
+            (1, n_tokens, heads, head_dim), and None for the attention weights.
         """
         assert self._layout is not None
         layout, mask = self._layout, None
@@ -157,10 +179,17 @@ class Pack:
         return layout.unpad(attended)[None], None
 
     def _cross_entropy(self, hidden: Tensor, layout: Layout, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """Loss of each position, and with it the gradient of the weighted sum, before the next chunk's logits exist.
+        """Return the loss of each position and the gradient of the weighted sum, chunk by chunk.
+
+        Each chunk's gradient is computed before the next chunk's logits, so that only one chunk's logits are in memory.
+
+        Args:
+            hidden: last hidden states, (n, hidden_size).
+            layout: gives targets and weights.
+            with_gradient: True to compute the gradient.
 
         Returns:
-            (n,) nats; and (n, hidden_size), or None.
+            Losses, (n,), in nats; and the gradient with respect to `hidden`, (n, hidden_size), or None.
         """
         head = self.model.get_output_embeddings()
         nll, gradients = [], []
@@ -175,7 +204,7 @@ class Pack:
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             nll.append(-log_p.gather(1, targets[:, None])[:, 0])
             if with_gradient:
-                # d nll / d logits = softmax - one-hot
+                # the gradient of the loss with respect to the logits is softmax - one-hot
                 gradient = log_p.exp_()
                 gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
                 gradient *= weights[:, None].to(gradient.dtype)
@@ -185,16 +214,29 @@ class Pack:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """A frozen linear layer on all tokens, and scaling * B A dropout(x) on the tokens of each group.
+    """Frozen linear layer on all tokens, plus scaling * B A dropout(x) on the tokens of each group.
 
-    The factors are no inputs of the graph: their gradients are added where the optimizer looks for them. The weight is
-    dequantized anew for the backward pass, so that it is in memory one layer at a time.
+    The factors are not inputs of the graph. Their gradients go straight to the vectors of the optimizer. The backward
+    pass dequantizes the weight again, so that the dense weights of only one layer are in memory.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, layer: nn.Module, dtype: torch.dtype, index: int, name: str, groups: list[Group]
     ) -> Tensor:
+        """Compute the output of the layer.
+
+        Args:
+            x: (..., in_features).
+            layer: the frozen linear layer.
+            dtype: dtype of the product.
+            index: index of the layer, which seeds its dropout masks.
+            name: name of the layer.
+            groups: groups of shares whose adapters adapt this layer.
+
+        Returns:
+            (..., out_features), of `dtype`.
+        """
         tokens_in = x.flatten(0, -2).to(dtype)
         saved: list[Tensor | None] = [tokens_in]
         with fast_products(x.device):
@@ -203,33 +245,35 @@ class _AdaptedLinear(torch.autograd.Function):
             tokens_out += layer.bias.to(dtype)
         for group in groups:
             inputs = tokens_in[group.tokens].to(group.dtype)
-            kept = group.kept(index, inputs)
-            h = group.times(_only(kept, inputs), group.lora_A[name].mT).mul_(group.scaling)
-            group.add_times(tokens_out[group.tokens], h, group.lora_B[name].mT)
-            saved += [kept, h]
+            mask = group.dropout_mask(index, inputs)
+            h = group.multiply(_apply(mask, inputs), group.lora_A[name].mT).mul_(group.scaling)
+            group.add_product(tokens_out[group.tokens], h, group.lora_B[name].mT)
+            saved += [mask, h]
         ctx.save_for_backward(*saved)
         ctx.layer, ctx.name, ctx.groups, ctx.dtype_in = layer, name, groups, x.dtype
         return tokens_out.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient with respect to x, and add those of the factors to their adapters."""
         tokens_in, *saved = ctx.saved_tensors
         grad_out = grad_output.flatten(0, -2)
         with fast_products(grad_out.device):
             grad_in = grad_out @ dense_weight(ctx.layer).to(grad_out.dtype)
-        for group, kept, h in zip(ctx.groups, saved[::2], saved[1::2], strict=True):
+        for group, mask, h in zip(ctx.groups, saved[::2], saved[1::2], strict=True):
             inputs, g = (tokens[group.tokens].to(group.dtype) for tokens in (tokens_in, grad_out))
-            grad_h = group.times(g, group.lora_B[ctx.name]).mul_(group.scaling)
-            group.add_outer(group.grad_A[ctx.name], grad_h, _only(kept, inputs))
-            group.add_outer(group.grad_B[ctx.name], g, h)
-            grad_in[group.tokens].add_(_only(kept, group.times(grad_h, group.lora_A[ctx.name])))
+            grad_h = group.multiply(g, group.lora_B[ctx.name]).mul_(group.scaling)
+            group.add_outer_product(group.grad_A[ctx.name], grad_h, _apply(mask, inputs))
+            group.add_outer_product(group.grad_B[ctx.name], g, h)
+            grad_in[group.tokens].add_(_apply(mask, group.multiply(grad_h, group.lora_A[ctx.name])))
         return grad_in.unflatten(0, grad_output.shape[:-1]).to(ctx.dtype_in), None, None, None, None, None
 
 
-def _only(kept: Tensor | None, x: Tensor) -> Tensor:
-    return x if kept is None else x * kept
+def _apply(dropout_mask: Tensor | None, x: Tensor) -> Tensor:
+    """Return x with dropped entries set to zero."""
+    return x if dropout_mask is None else x * dropout_mask
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer."""
+    """Return (in_features, out_features) of a linear layer."""
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)

@@ -1,4 +1,4 @@
-"""Lays the rows of many trials end to end as one sequence of tokens, and says whose tokens are whose."""
+"""Lays the rows of many trials end to end as one sequence of tokens, and maps its tokens to trials."""
 
 import itertools
 import math
@@ -14,61 +14,80 @@ from raylora.training.packed.adapter import Adapter, views
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one trial that go through the base together."""
+    """Rows of one trial that pass through the base together."""
 
     adapter: Adapter
     input_ids: list[Tensor]
-    """One (length,) int64 tensor per row."""
+    """Token ids of each row, (length,), int64."""
 
     labels: list[Tensor]
-    """Like `input_ids`; IGNORE where a token bears no loss."""
+    """Labels of each row, (length,), int64; IGNORE for a token without loss."""
 
     weight: float = 1.0
-    """Factor of each token's loss: one over the tokens of the whole optimizer step that bear loss."""
+    """Factor of each token's loss: 1 / (tokens with loss of the whole optimizer step)."""
 
     key: int | None = None
-    """Counts the trial's micro-batches; with the adapter's seed, it decides the dropout masks. None: no dropout."""
+    """Number of the trial's micro-batch, which seeds the dropout masks together with the adapter's seed; None turns
+    dropout off."""
 
     @property
     def n_tokens(self) -> int:
+        """Tokens of all rows, with and without loss."""
         return sum(len(row) for row in self.input_ids)
 
 
 @dataclass(frozen=True)
 class Share:
-    """The tokens of one micro-batch within the sequence."""
+    """Tokens of one micro-batch within the sequence."""
 
     adapter: Adapter
     tokens: slice
+    """Positions in the sequence."""
+
     key: int | None
+    """Key of the micro-batch, as in `MicroBatch`."""
 
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
+        """True if dropout is active."""
         return self.key is not None and self.adapter.dropout > 0
 
-    def kept(self, layer: int, x: Tensor) -> Tensor:
-        """1 for each entry of one layer's input that dropout keeps, else 0; its factor 1 / (1 - p) is in `scaling`.
+    def dropout_mask(self, layer: int, x: Tensor) -> Tensor:
+        """Draw the dropout mask of one layer's input.
 
-        They follow from the trial's seed, the micro-batch's key and the layer alone, so that they are the same after a
-        pause, in another pack, or when gradient checkpointing draws them again. The bits of int64 draws are four times
-        as fast as `bernoulli_` on a CPU; p is rounded to 1 / 65536. Products with uint8 are twice as fast as with bool.
+        The mask is a function of the trial's seed, the micro-batch's key and the layer. So it is the same after a
+        pause, in another pack, and when gradient checkpointing draws it again.
+
+        The mask takes 16 bits per entry from int64 draws, which is four times as fast as `bernoulli_` on a CPU. The
+        drop probability p is rounded to 1 / 65536. Products with uint8 are twice as fast as with bool.
+
+        Args:
+            layer: index of the layer.
+            x: input of the layer, (n_tokens, in_features).
+
+        Returns:
+            The shape of x, uint8: 1 to keep an entry, 0 to drop it. The factor 1 / (1 - p) is in `scaling`.
         """
         generator = torch.Generator(x.device).manual_seed(hash((self.adapter.seed, self.key, layer)))
         bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
         draws = bits.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
-        kept = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        return torch.ge(draws, round(self.adapter.dropout * 2**16) - 2**15, out=kept)
+        mask = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        return torch.ge(draws, round(self.adapter.dropout * 2**16) - 2**15, out=mask)
 
     @property
     def scaling(self) -> float:
-        """Of the update, with dropout's factor."""
-        return self.adapter.scaling / (1 - self.adapter.dropout if self.drops else 1.0)
+        """LoRA scaling, times 1 / (1 - p) while dropout is active."""
+        return self.adapter.scaling / (1 - self.adapter.dropout if self.has_dropout else 1.0)
 
 
 class Group:
-    """Shares of adapters of one shape that lie one behind the other, so that each product of theirs is one call.
+    """Neighbouring shares whose adapters have the same shapes, so that each of their products is one call.
 
-    A share that is alone works on its adapter's own memory; the factors of several are stacked for this pass.
+    A single share works on its adapter's own memory. The factors of several shares are stacked for one pass.
+
+    Args:
+        shares: shares that follow one another in the sequence.
+        autocast: dtype of activations and factors; None is the dtype of the adapters.
     """
 
     def __init__(self, shares: list[Share], autocast: torch.dtype | None) -> None:
@@ -90,7 +109,7 @@ class Group:
             self._ends = lengths.cumsum(0).to(device, torch.int32)
             scalings = torch.tensor([share.scaling for share in shares], dtype=self.dtype)
             self.scaling = scalings.repeat_interleave(lengths)[:, None].to(device)
-        # (adapters, r, in_features) and (adapters, out_features, r) of each layer
+        # layer -> (n_shares, padded r, in_features) and layer -> (n_shares, out_features, padded r)
         self.lora_A, self.lora_B = (
             views(stack.to(self.dtype), size) for stack, size in zip(stacks, sizes, strict=True)
         )
@@ -98,19 +117,33 @@ class Group:
             views(gradient, size) for gradient, size in zip(self._gradients, sizes, strict=True)
         )
 
-    def times(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """(tokens, n) @ (adapters, n, m): the tokens of each share times the matrix of its own adapter."""
+    def multiply(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """Multiply the tokens of each share by the matrix of its own adapter.
+
+        Args:
+            x: (n_tokens, n).
+            matrices: (n_shares, n, m).
+
+        Returns:
+            (n_tokens, m).
+        """
         return x @ matrices[0] if len(matrices) == 1 else grouped_mm(x, matrices, offs=self._ends)
 
-    def add_times(self, total: Tensor, x: Tensor, matrices: Tensor) -> None:
-        """Adds `times`."""
+    def add_product(self, total: Tensor, x: Tensor, matrices: Tensor) -> None:
+        """Add the result of `multiply` to `total`, (n_tokens, m), in place."""
         if len(matrices) == 1 and total.dtype == x.dtype:
             total.addmm_(x, matrices[0])
         else:
-            total.add_(self.times(x, matrices))
+            total.add_(self.multiply(x, matrices))
 
-    def add_outer(self, gradients: Tensor, left: Tensor, right: Tensor) -> None:
-        """Adds (n, tokens) @ (tokens, m) of each share to its own of (adapters, n, m)."""
+    def add_outer_product(self, gradients: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add left^T @ right over the tokens of each share to the share's gradient, in place.
+
+        Args:
+            gradients: (n_shares, n, m).
+            left: (n_tokens, n).
+            right: (n_tokens, m).
+        """
         if len(gradients) == 1 and gradients.dtype == left.dtype:
             gradients[0].addmm_(left.t(), right)
         elif len(gradients) == 1:
@@ -118,16 +151,20 @@ class Group:
         else:
             gradients.add_(grouped_mm(left.t(), right, offs=self._ends))
 
-    def kept(self, layer: int, x: Tensor) -> Tensor | None:
-        """As `Share.kept`, one share after the other; None where all is kept."""
-        if not any(share.drops for share in self.shares):
+    def dropout_mask(self, layer: int, x: Tensor) -> Tensor | None:
+        """Draw the dropout masks of all shares. Arguments and result are those of `Share.dropout_mask`.
+
+        Returns:
+            The shape of x, uint8; None if no share has dropout.
+        """
+        if not any(share.has_dropout for share in self.shares):
             return None
         parts = zip(self.shares, x.split(self._lengths), strict=True)
-        masks = [share.kept(layer, part) for share, part in parts]
+        masks = [share.dropout_mask(layer, part) for share, part in parts]
         return masks[0] if len(masks) == 1 else torch.cat(masks)
 
-    def hand_out_gradients(self) -> None:
-        """Where they were gathered for several adapters: adds them to the adapters' own."""
+    def add_gradients_to_adapters(self) -> None:
+        """Add the stacked gradients of several shares to those of their adapters. A single share needs no copy."""
         if len(self.shares) > 1:
             for index, adapter in enumerate(self._adapters):
                 for parameter, gradients in zip(adapter.parameters, self._gradients, strict=True):
@@ -135,12 +172,18 @@ class Group:
 
 
 class Layout:
-    """Where each row of each micro-batch lies in the sequence."""
+    """Sequence of tokens that holds the rows of all micro-batches.
+
+    Args:
+        micro_batches: at least one.
+        device: where the base is.
+        autocast: dtype of activations; None is the dtype of the adapters.
+        grouped: True to place adapters of the same shapes side by side, for grouped products.
+    """
 
     def __init__(
         self, micro_batches: list[MicroBatch], device: torch.device, autocast: torch.dtype | None, *, grouped: bool
     ) -> None:
-        # adapters of one shape side by side
         order = list(range(len(micro_batches)))
         if grouped:
             order.sort(key=lambda index: micro_batches[index].adapter.shape)
@@ -160,35 +203,61 @@ class Layout:
         self.groups = [Group(list(group), autocast) for _, group in alike]
         self.longest = int(lengths.max())
         owner = torch.tensor(order).repeat_interleave(torch.tensor(n_tokens))
-        # a position predicts the next token of its row; a row's first token is predicted by none
-        bears_loss = labels != IGNORE
-        bears_loss[starts] = False
-        predicted = bears_loss.nonzero()[:, 0]
+        # a position predicts the next token of its row, so a row's first token has no loss
+        loss_mask = labels != IGNORE
+        loss_mask[starts] = False
+        predicted = loss_mask.nonzero()[:, 0]
         positions = torch.arange(int(ends[-1])) - starts.repeat_interleave(lengths)
         weights = torch.tensor([batch.weight for batch in micro_batches], dtype=torch.float64)
 
         self.input_ids = torch.cat(rows).to(device)
+        """Token ids of the sequence, (n_tokens,), int64."""
+
         self.position_ids = positions.to(device)
+        """Position of each token in its row, (n_tokens,), int64."""
+
         self.predicting = (predicted - 1).to(device)
+        """Positions whose next token has a loss, (n,), int64."""
+
         self.targets = labels[predicted].to(device)
+        """Tokens to predict at these positions, (n,), int64."""
+
         self._owner = owner[predicted].to(device)
         self.weights = weights.to(device)
+        """Weight of each micro-batch, (n_micro_batches,), float64."""
+
         self.token_weights = weights[owner[predicted]].to(device)
-        # where the tokens of (rows, longest) stand that are inside their row
+        """Weight of each token to predict, (n,), float64."""
+
+        # flat indexes of the positions of (rows, longest) that are not padding
         inside = torch.arange(self.longest) < lengths[:, None]
         self._inside = inside.flatten().nonzero()[:, 0].to(device)
         self._n_rows = len(rows)
 
     def pad(self, sequence: Tensor) -> Tensor:
-        """(tokens, ...) -> (rows, longest, ...). What stands behind a row's end, no causal attention sees."""
+        """Return the sequence as padded rows.
+
+        Args:
+            sequence: (n_tokens, ...).
+
+        Returns:
+            (rows, longest, ...), padded by zeros on the right, where causal attention cannot see them.
+        """
         padded = sequence.new_zeros(self._n_rows * self.longest, *sequence.shape[1:])
         return padded.index_copy(0, self._inside, sequence).unflatten(0, (self._n_rows, self.longest))
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """(rows, longest, ...) -> (tokens, ...)."""
+        """Return padded rows, (rows, longest, ...), as a sequence, (n_tokens, ...): the reverse of `pad`."""
         return padded.flatten(0, 1).index_select(0, self._inside)
 
     def sums(self, values: Tensor) -> Tensor:
-        """(n,) values of predicting positions -> their sum for each micro-batch."""
+        """Sum the values of each micro-batch's tokens with loss.
+
+        Args:
+            values: (n,), one for each of `targets`.
+
+        Returns:
+            (n_micro_batches,), float64, in the order in which the micro-batches were given.
+        """
         total = torch.zeros(len(self.weights), dtype=torch.float64, device=values.device)
         return total.index_add_(0, self._owner, values.double())

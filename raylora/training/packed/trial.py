@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -23,23 +24,23 @@ from raylora.training.packed.adapter import Adapter, Shapes
 from raylora.training.packed.layout import MicroBatch
 from raylora.training.row_order import RowOrder
 
-N_CHECKPOINTS = 2
-"""Checkpoints kept of each trial: the last, and the one before in case that the last is cut short."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's moments under their names in torch's optimizer state."""
 
 
 class PackedTrial:
-    """One trial on its way through a pack: adapter, optimizer, schedule and position.
+    """One trial in a pack: adapter, optimizer, schedule and position.
 
     Args:
         assignment: hyperparameters.
         training: settings that all trials share.
-        shapes: the base's layers that may be adapted.
+        shapes: layers of the base that may be adapted.
         lengths: tokens of each training row.
         rungs: optimizer steps at which to validate, save and report, ascending; the last is the budget.
-        directory: receives checkpoints.
-        device: where the adapter lives.
-        dtype: of the adapter.
-        rank_multiple: see `Adapter`.
+        directory: folder that receives checkpoints.
+        device: device of the adapter.
+        dtype: type of the adapter.
+        rank_multiple: as in `Adapter`.
     """
 
     def __init__(
@@ -101,13 +102,21 @@ class PackedTrial:
             group_by_length=training.group_by_length,
         )
         self.step = self.tokens_seen = 0
+        self._reported_step = 0
         self.losses: list[Tensor] = []
-        self._reported = 0
-        self.seconds = {"train": 0.0, "eval": 0.0, "other": 0.0}
-        """Since the last report."""
+        """Training losses since the last report, one scalar a micro-batch, nats per token of its step."""
+
+        self.seconds = dict.fromkeys(("train", "eval", "other"), 0.0)
+        """Time since the last report."""
+
+        self.checkpoint: Path | None = None
+        """Newest checkpoint."""
+
+        self._reported_checkpoint: Path | None = None
+        """Checkpoint of the last report."""
 
     def micro_batches(self, rows: TokenRows) -> list[MicroBatch]:
-        """Those of the next optimizer step."""
+        """Return the micro-batches of the next optimizer step."""
         batches = self.order.step(self.step)
         n_predicted = sum(rows.n_predicted(row) for batch in batches for row in batch)
         first = self.step * self.assignment.gradient_accumulation_steps
@@ -123,7 +132,7 @@ class PackedTrial:
         ]
 
     def update(self) -> None:
-        """One step of the optimizer on the gradients that have come together."""
+        """Take one optimizer step with the gradients that the micro-batches have added up."""
         if self._max_grad_norm > 0:
             clip_grad_norm_(self.adapter.parameters, self._max_grad_norm)
         self._optimizer.step()
@@ -132,57 +141,93 @@ class PackedTrial:
         self.step += 1
 
     @property
-    def at_rung(self) -> bool:
-        return self.step in self.rungs
+    def is_due(self) -> bool:
+        """True if the trial stands at a rung that it has not reported."""
+        return self.step in self.rungs and self.step > self._reported_step
 
     def report(self, eval_loss: float) -> RungMetrics:
-        """Saves a checkpoint and says how far the trial has come."""
+        """Save a checkpoint and return the metrics of the rung.
+
+        Args:
+            eval_loss: validation loss in nats per token.
+
+        Raises:
+            OSError: the checkpoint cannot be written.
+        """
+        seconds, reported = self.seconds, self._reported_checkpoint
+        train_loss = float(torch.stack(self.losses).sum()) / (self.step - self._reported_step)
+        self.losses, self.seconds, self._reported_step = [], dict.fromkeys(seconds, 0.0), self.step
         began = time.perf_counter()
         checkpoint = self.save()
-        self.seconds["other"] += time.perf_counter() - began
-        report = RungMetrics(
+        seconds["other"] += time.perf_counter() - began
+        assert reported is None or reported.is_dir()  # the log still names it
+        return RungMetrics(
             step=self.step,
             epoch=self.step / self.order.steps_per_epoch,
             eval_loss=eval_loss,
-            train_loss=float(torch.stack(self.losses).sum()) / (self.step - self._reported),
+            train_loss=train_loss,
             tokens_seen=self.tokens_seen,
-            train_seconds=self.seconds["train"],
-            eval_seconds=self.seconds["eval"],
-            other_seconds=self.seconds["other"],
+            train_seconds=seconds["train"],
+            eval_seconds=seconds["eval"],
+            other_seconds=seconds["other"],
             peak_memory_mib=peak_memory_mib(),
             trainable_parameters=self.adapter.n_parameters,
             checkpoint=str(checkpoint),
         )
-        self.losses, self.seconds, self._reported = [], dict.fromkeys(self.seconds, 0.0), self.step
-        return report
 
     def save(self) -> Path:
-        """Writes a checkpoint: the adapter in peft's format, and what training needs to go on from it."""
+        """Write a checkpoint: the adapter in peft's format, and what training needs to go on from it.
+
+        Older ones are removed, but for the one of the last report, which tables and the event log name.
+        """
         directory = self.directory / f"checkpoint-{self.step}"
         with replacing(directory) as temporary:
             temporary.mkdir()
             self.peft_config.save_pretrained(temporary)
             tensors = {name: tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
             save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-            state = {
-                "step": self.step,
-                "tokens_seen": self.tokens_seen,
-                "optimizer": self._optimizer.state_dict(),
-                "scheduler": self._scheduler.state_dict(),
-            }
-            torch.save(state, temporary / "trial_state.pt")
-        saved = sorted(self.directory.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-        for old in saved[:-N_CHECKPOINTS]:
+            torch.save(self._state(), temporary / "trial_state.pt")
+        kept = {directory, self._reported_checkpoint}
+        for old in set(self.directory.glob("checkpoint-*")) - kept:
             shutil.rmtree(old)
+        self.checkpoint = directory
+        if self._reported_step == self.step:
+            self._reported_checkpoint = directory
         return directory
 
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the adapter, independent of device and of rank padding."""
+        return {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "reported_step": self._reported_step,
+            "seconds": self.seconds,
+            "loss_sum": float(torch.stack(self.losses).sum()) if self.losses else 0.0,
+            "moments": {key: {n: t.cpu().clone() for n, t in self._moment(key).items()} for key in MOMENTS},
+            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            "scheduler": self._scheduler.state_dict(),
+        }
+
     def load(self, checkpoint: Path) -> None:
-        """Goes on where a checkpoint was written: the rest is a function of the step."""
+        """Go on where a checkpoint was written, on any device; all else is a function of the step."""
         saved = load_file(checkpoint / "adapter_model.safetensors")
         for name, view in self.adapter.state_dict().items():
             view.copy_(saved[name])
-        state = torch.load(checkpoint / "trial_state.pt", weights_only=True)
+        state = torch.load(checkpoint / "trial_state.pt", weights_only=True, map_location="cpu")
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        self._reported = self.step
-        self._optimizer.load_state_dict(state["optimizer"])
+        self.seconds, self._reported_step = state["seconds"], state["reported_step"]
+        self.losses = [torch.tensor(state["loss_sum"], dtype=torch.float64, device=self.adapter.parameters[0].device)]
+        self.checkpoint = checkpoint
+        if self._reported_step:
+            self._reported_checkpoint = self.directory / f"checkpoint-{self._reported_step}"
+        for key in MOMENTS:
+            for name, view in self._moment(key).items():
+                view.copy_(state["moments"][key][name])
+        for parameter in self.adapter.parameters:
+            self._optimizer.state[parameter]["step"].fill_(self.step)
+        self._optimizer.param_groups[0]["lr"] = state["learning_rate"]
         self._scheduler.load_state_dict(state["scheduler"])
+
+    def _moment(self, key: str) -> dict[str, Tensor]:
+        """Return one of Adam's moments as a view for each factor of each layer."""
+        return self.adapter.factors([self._optimizer.state[parameter][key] for parameter in self.adapter.parameters])

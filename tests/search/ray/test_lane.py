@@ -1,5 +1,6 @@
-"""How a lane serves its pack, without Ray: joins, decisions, failures, and packs too large for the memory."""
+"""How a lane serves its pack, without Ray: joins, answers, failures, and packs too large for the memory."""
 
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import torch
 
 from raylora.config.schema import SearchConfig
 from raylora.run.directory import RunDirectory
-from raylora.run.metrics import RungMetrics
-from raylora.search.ray.broker import Job, Order
-from raylora.search.ray.lane import serve_pack
+from raylora.search.messages import Failure, Leave, News, Order, Ready, Report, Return, Start
+from raylora.search.ray.lane import serve_one, serve_pack
 from raylora.training.packed.engine import PackedEngine
 from raylora.training.trl import TrlEngine
+from tests.fake_engine import FakeEngine
+from tests.helpers import assignment
 from tests.training.packed.test_engine import packed
-from tests.training.test_trl import assignment, load_engine
+from tests.training.test_trl import load_engine
 
 RUNGS = [1, 3]
+READY = Ready(1, {})
 
 
 @pytest.fixture
@@ -31,78 +34,95 @@ def engine(trl: TrlEngine) -> Iterator[PackedEngine]:
     engine.close()
 
 
-def start(number: int, resume_from: str | None = None, **changes: object) -> Order:
+def start(number: int, resume_from: str | None = None, segment: int = 1, **changes: object) -> Start:
     values = assignment(**{"seed": number, **changes}).model_dump()
-    return Order("start", number, Job(number, values, RUNGS, resume_from))
+    return Start(number, segment, values, RUNGS, resume_from)
 
 
 class Script:
-    """A link that gives the orders of a script, one list a call, and notes what the lane says."""
+    """A link that answers with the orders of a script, one list each time, and notes what the lane says."""
 
     def __init__(self, *orders: list[Order]) -> None:
         self._orders = list(orders)
-        self.reports: list[tuple[int, int]] = []
-        self.failures: dict[int, str] = {}
-        self.given_back: dict[int, str | None] = {}
+        self.news: list[News] = []
+        self.waited = 0
 
-    def orders(self, *, wait: bool) -> list[Order] | None:
+    def exchange(self, news: list[News]) -> list[Order] | None:
+        self.news += news
         return self._orders.pop(0) if self._orders else None
 
-    def report(self, number: int, report: RungMetrics, *, final: bool) -> None:
-        assert final == (report.step == RUNGS[-1])
-        self.reports.append((number, report.step))
+    def poll(self, *, wait: bool) -> list[Order] | None:
+        self.waited += wait
+        return None if wait else []
 
-    def fail(self, number: int, error: Exception, directory: Path) -> None:
-        self.failures[number] = str(error)
+    @property
+    def reports(self) -> list[tuple[int, int]]:
+        return [(news.number, news.metrics.step) for news in self.news if isinstance(news, Report)]
 
-    def give_back(self, checkpoints: dict[int, str | None]) -> None:
-        self.given_back.update(checkpoints)
+    @property
+    def failures(self) -> dict[int, str]:
+        return {news.number: news.reason for news in self.news if isinstance(news, Failure)}
+
+    @property
+    def returns(self) -> list[Return]:
+        return [news for news in self.news if isinstance(news, Return)]
 
 
 def serve(engine: PackedEngine, tmp_path: Path, *orders: list[Order]) -> Script:
     link = Script(*orders)
-    serve_pack(engine, link, RunDirectory(tmp_path / "run"))  # type: ignore[arg-type]
+    serve_pack(engine, link, RunDirectory(tmp_path / "run"), READY)  # type: ignore[arg-type]
     return link
 
 
-def test_trials_join_wait_at_rungs_go_on_and_leave(engine: PackedEngine, tmp_path: Path) -> None:
+def test_trials_join_report_go_on_and_leave(engine: PackedEngine, tmp_path: Path) -> None:
     link = serve(
         engine,
         tmp_path,
-        [start(0), start(1)],  # both report at step 1 and wait
-        [Order("leave", 0), start(2)],  # the place of 0 is taken at once: 2 reports at step 1
-        [Order("go_on", 1), Order("go_on", 2)],
+        [start(0), start(1)],  # both report at step 1
+        [Leave(0), start(2)],  # the slot of 0 is taken at once: 2 reports at step 1, while 1 trains on
         [],
+        [Leave(1)],
     )
+    assert link.news[0] == READY
     assert link.reports == [(0, 1), (1, 1), (2, 1), (1, 3), (2, 3)]
-    assert not engine.trials
+    assert list(engine.trials) == [2]
+
+
+def test_checkpoints_are_named_relative_to_the_run_directory(engine: PackedEngine, tmp_path: Path) -> None:
+    link = serve(engine, tmp_path, [start(0)], [Leave(0)])
+    (report,) = (news for news in link.news if isinstance(news, Report))
+    assert report.metrics.checkpoint == "trials/0000/checkpoint-1"
+    again = serve(engine, tmp_path, [start(0, resume_from=report.metrics.checkpoint, segment=2)])
+    assert again.reports == [(0, 3)]
+    assert [news.segment for news in again.news if isinstance(news, Report)] == [2]
 
 
 def test_a_trial_that_cannot_start_fails_alone(engine: PackedEngine, tmp_path: Path) -> None:
-    link = serve(engine, tmp_path, [start(0, target_modules="nowhere"), start(1)])
+    link = serve(engine, tmp_path, [start(0, target_modules="nowhere"), start(1)], [])
     assert "no module is named nowhere" in link.failures[0]
-    assert link.reports == [(1, 1)]
+    assert "no module is named nowhere" in (tmp_path / "run" / "trials" / "0000" / "error.txt").read_text()
+    assert link.reports == [(1, 1), (1, 3)]
 
 
 def test_a_diverged_trial_fails_alone(engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     validate = engine._validate
     monkeypatch.setattr(engine, "_validate", lambda numbers: {**validate(numbers), 0: float("inf")})
     link = serve(engine, tmp_path, [start(0), start(1)])
-    assert link.failures == {0: "diverged: eval_loss is inf at step 1"}
+    assert link.failures == {0: "TrialError: diverged: eval_loss is inf at step 1"}
     assert link.reports == [(1, 1)]
     assert list(engine.trials) == [1]
 
 
-def limited(engine: PackedEngine, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def limited(engine: PackedEngine, n: int, monkeypatch: pytest.MonkeyPatch, method: str = "backward") -> None:
     """No memory for more than n trials."""
-    backward = engine.pack.backward
+    original = getattr(engine.pack, method)
 
     def checked(batches: list) -> torch.Tensor:
         if len(engine.trials) > n:
             raise torch.OutOfMemoryError("made up")
-        return backward(batches)
+        return original(batches)
 
-    monkeypatch.setattr(engine.pack, "backward", checked)
+    monkeypatch.setattr(engine.pack, method, checked)
 
 
 def test_a_pack_too_large_gives_its_younger_half_back(
@@ -110,9 +130,43 @@ def test_a_pack_too_large_gives_its_younger_half_back(
 ) -> None:
     limited(engine, 1, monkeypatch)
     link = serve(engine, tmp_path, [start(number) for number in range(4)], [], [])
-    assert link.given_back == {2: None, 3: None, 1: None}
+    assert [(news.checkpoints, news.slots) for news in link.returns] == [({2: None, 3: None}, 2), ({1: None}, 1)]
     assert link.reports == [(0, 1)]
     assert link.failures == {}
+
+
+def test_out_of_memory_in_validation_loses_no_report(
+    engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # all four have reached the rung when memory runs short: the older half reports, and the younger half reports first
+    # of all when it comes back, without training past its rung
+    limited(engine, 2, monkeypatch, method="nll")
+    link = serve(engine, tmp_path, [start(number) for number in range(4)], [])
+    (shrunk,) = link.returns
+    assert shrunk.checkpoints == {2: "trials/0002/checkpoint-1", 3: "trials/0003/checkpoint-1"}
+    assert link.reports == [(0, 1), (1, 1)]
+    again = serve(engine, tmp_path, [Leave(0), Leave(1), start(2, resume_from=shrunk.checkpoints[2], segment=2)])
+    assert again.reports == [(2, 1)]
+    assert engine.trials[2].step == 1
+
+
+def test_validation_takes_fewer_rows_at_once_where_memory_is_short(
+    engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = serve(engine, tmp_path / "plenty", [start(0)])
+    engine.remove(0)
+    nll = engine.pack.nll
+
+    def short(batches: list) -> torch.Tensor:
+        if max(len(batch.input_ids) for batch in batches) > 2:
+            raise torch.OutOfMemoryError("made up")
+        return nll(batches)
+
+    monkeypatch.setattr(engine.pack, "nll", short)
+    link = serve(engine, tmp_path, [start(0)])
+    assert link.returns == [] and link.reports == [(0, 1)]
+    losses = [news.metrics.eval_loss for script in (expected, link) for news in script.news if isinstance(news, Report)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # float32, in passes of other shapes
 
 
 def test_a_trial_that_does_not_fit_alone_fails(
@@ -120,7 +174,7 @@ def test_a_trial_that_does_not_fit_alone_fails(
 ) -> None:
     limited(engine, 0, monkeypatch)
     link = serve(engine, tmp_path, [start(0)])
-    assert link.failures == {0: "made up"}
+    assert link.failures == {0: "out of memory: made up"}
     assert not engine.trials
 
 
@@ -135,8 +189,44 @@ def test_a_newcomer_for_which_there_is_no_memory_waits(
         add(number, *arguments, **options)
 
     monkeypatch.setattr(engine, "add", checked)
-    link = serve(engine, tmp_path, [start(0), start(1, resume_from="checkpoint-1")])
-    assert link.given_back == {1: "checkpoint-1"}
+    link = serve(engine, tmp_path, [start(0), start(1)])
+    assert [(news.checkpoints, news.slots) for news in link.returns] == [({1: None}, 1)]
     assert link.failures == {}
-    alone = serve(engine, tmp_path, [Order("leave", 0), start(1)])
-    assert alone.failures == {1: "made up"}
+    alone = serve(engine, tmp_path, [Leave(0), start(1)])
+    assert alone.failures == {1: "out of memory: made up"}
+
+
+def test_a_full_disk_is_the_machines_fault(
+    engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("raylora.training.packed.trial.PackedTrial.save", full)
+    link = serve(engine, tmp_path, [start(0), start(1)])
+    assert [(list(news.checkpoints), news.machine_fault, news.slots) for news in link.returns] == [
+        ([0], True, None),
+        ([1], True, None),
+    ]
+    assert link.returns[0].reason == "trial 0: OSError: [Errno 28] No space left on device"
+    assert link.failures == {}
+
+
+def test_a_missing_checkpoint_is_the_machines_fault(engine: PackedEngine, tmp_path: Path) -> None:
+    link = serve(engine, tmp_path, [start(0, resume_from="trials/0000/checkpoint-1")])
+    assert link.returns[0].machine_fault
+    assert link.failures == {}
+
+
+def test_one_trial_at_a_time_takes_the_next_with_the_answer(tmp_path: Path) -> None:
+    link = Script([start(0)], [Leave(0), start(1)], [], [])
+    serve_one(FakeEngine(tmp_path), link, RunDirectory(tmp_path / "run"), READY)  # type: ignore[arg-type]
+    assert link.reports == [(0, 1), (1, 1), (1, 3)]
+
+
+def test_one_trial_at_a_time_fails_and_the_next_is_taken(tmp_path: Path) -> None:
+    link = Script([start(0, r=99)], [start(1)], [Leave(1)])
+    serve_one(FakeEngine(tmp_path), link, RunDirectory(tmp_path / "run"), READY)  # type: ignore[arg-type]
+    assert link.waited == 1  # for the trial after the last
+    assert link.failures == {0: "ValueError: always fails"}
+    assert link.reports == [(1, 1)]

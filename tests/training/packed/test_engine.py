@@ -21,7 +21,8 @@ from raylora.training.packed.adapter import Adapter
 from raylora.training.packed.engine import PackedEngine, cut
 from raylora.training.packed.layout import MicroBatch
 from raylora.training.trl import TrlEngine
-from tests.training.test_trl import assignment, load_engine
+from tests.helpers import assignment
+from tests.training.test_trl import load_engine
 
 STEPS = list(range(1, 21))
 
@@ -47,13 +48,11 @@ def run(
     for number, one in trials.items():
         engine.add(number, one, rungs=rungs, directory=folder / str(number))
     reports: dict[int, list[RungMetrics]] = {number: [] for number in trials}
-    while engine.training:
+    while engine.trials:
         for number, report in engine.step().items():
             assert isinstance(report, RungMetrics)
             reports[number].append(report)
-            if report.step < rungs[-1]:
-                engine.go_on(number)
-            else:
+            if report.step == rungs[-1]:
                 engine.remove(number)
     return reports
 
@@ -138,7 +137,8 @@ def test_trials_that_come_and_go_do_not_disturb_the_others(trl: TrlEngine, tmp_p
         for number, report in engine.step().items():
             assert number == 0 and isinstance(report, RungMetrics)
             found.append(report.eval_loss)
-            engine.go_on(0) if report.step < STEPS[-1] else engine.remove(0)
+            if report.step == STEPS[-1]:
+                engine.remove(0)
     assert found == pytest.approx(alone, rel=1e-8)
     assert engine.trials[5].step == STEPS[-1] - 5
 
@@ -150,16 +150,15 @@ def test_a_paused_trial_goes_on_as_if_it_had_never_paused(trl: TrlEngine, tmp_pa
     engine.add(0, one, rungs=STEPS, directory=tmp_path / "0")
     for _ in range(7):
         (report,) = engine.step().values()
-        engine.go_on(0)
     engine.remove(0)
     engine = packed(trl)
     engine.add(0, one, rungs=STEPS, directory=tmp_path / "0", resume_from=report.checkpoint)
     rest = []
-    while engine.training:
+    while engine.trials:
         (report,) = engine.step().values()
         rest.append(report)
-        if report.step < STEPS[-1]:
-            engine.go_on(0)
+        if report.step == STEPS[-1]:
+            engine.remove(0)
     assert losses(rest) == losses(whole)[7:]  # to the last bit
     assert rest[-1].tokens_seen == whole[-1].tokens_seen
     assert sorted(path.name for path in (tmp_path / "0").iterdir()) == ["checkpoint-19", "checkpoint-20"]
@@ -174,8 +173,6 @@ def test_a_step_without_memory_changes_nothing_and_the_younger_half_leaves(
     for number, one in trials.items():
         engine.add(number, one, rungs=STEPS, directory=tmp_path / str(number))
     engine.step()
-    for number in trials:
-        engine.go_on(number)
     passes, backward = [], engine.pack.backward
 
     def third_pass_fails(batches: list) -> torch.Tensor:

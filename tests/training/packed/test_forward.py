@@ -57,7 +57,7 @@ def tiny(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def rows() -> tuple[list[Tensor], list[Tensor]]:
-    """Token ids and labels of four rows; some tokens bear no loss."""
+    """Token ids and labels of four rows; some tokens have no loss."""
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(1, 60, (n,), generator=generator) for n in LENGTHS]
     labels = [row.clone() for row in ids]
@@ -197,13 +197,13 @@ def test_dropout_drops_the_share_it_is_told_to() -> None:
     (group,) = Layout([MicroBatch(one, ids, labels, 1.0, key=7)], torch.device("cpu"), None, grouped=False).groups
     x = torch.ones(sum(LENGTHS), 1000, dtype=torch.float64)
     for layer in range(20):
-        kept = group.kept(layer, x)
-        assert kept is not None
-        seen.append(kept.double().mean())
+        mask = group.dropout_mask(layer, x)
+        assert mask is not None
+        seen.append(mask.double().mean())
     # 640,000 draws: a standard deviation of 0.0005
     assert float(torch.stack(seen).mean()) == pytest.approx(0.75, abs=0.003)
-    assert torch.equal(group.kept(3, x), group.kept(3, x))
-    assert not torch.equal(group.kept(3, x), group.kept(4, x))
+    assert torch.equal(group.dropout_mask(3, x), group.dropout_mask(3, x))
+    assert not torch.equal(group.dropout_mask(3, x), group.dropout_mask(4, x))
 
 
 def test_a_diverged_trial_leaves_its_neighbours_alone() -> None:
@@ -249,7 +249,7 @@ def test_cross_entropy_in_chunks_is_cross_entropy_at_once() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-15)  # float64, in other shapes
 
 
-def test_only_tokens_with_a_label_bear_loss_and_a_rows_first_is_predicted_by_none() -> None:
+def test_only_tokens_with_a_label_have_a_loss_and_a_rows_first_has_none() -> None:
     model = tiny(CONFIGS["llama"])
     pack = pack_of(model)
     one = Adapter(pack.shapes, r=1, scaling=1.0, dropout=0.0, seed=0, dtype=torch.float64)
@@ -257,7 +257,7 @@ def test_only_tokens_with_a_label_bear_loss_and_a_rows_first_is_predicted_by_non
     labels = [torch.tensor([5, IGNORE, 7]), torch.tensor([8, IGNORE])]
     nll = pack.nll([MicroBatch(one, ids, labels)])
     pack.close()
-    # B is zero, so this is the base: one token bears loss, the third, predicted at the second
+    # B is zero, so this is the base: one token has a loss, the third, predicted at the second
     expected = -model(input_ids=torch.tensor([[5, 6]])).logits[0, 1].log_softmax(-1)[7]
     torch.testing.assert_close(nll[0], expected, rtol=1e-6, atol=0)
 

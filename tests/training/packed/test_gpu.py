@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from raylora.config.schema import SearchConfig
+from tests.helpers import assignment
 from tests.training.packed.test_engine import losses, packed, run
-from tests.training.test_trl import RUNGS, assignment, load_engine, train
+from tests.training.test_trl import RUNGS, load_engine, train
 
 pytestmark = pytest.mark.gpu
 

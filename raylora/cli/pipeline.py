@@ -1,0 +1,154 @@
+"""Goes from settings to a checked merged model: search, merge, held-out check and report."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import ray
+from rich.console import Console
+
+from raylora.config.load import dump_config
+from raylora.config.schema import SearchConfig
+from raylora.data.prepare import PreparedData
+from raylora.evaluate.heldout import evaluate_run
+from raylora.merge.run import check_tolerance, merge_run, save_best_adapter
+from raylora.report.page import write_report
+from raylora.report.progress import Progress
+from raylora.report.screen import print_summary
+from raylora.run.atomic import read_json
+from raylora.run.directory import RunDirectory, check_same_data, with_pinned_commits
+from raylora.run.events import EventLog, read_events
+from raylora.run.lock import locked
+from raylora.run.provenance import write_provenance
+from raylora.search.controller import SearchController
+from raylora.search.plan import Plan, make_plan
+from raylora.search.ray.cluster import cluster_devices, connected, local_devices, local_ray
+from raylora.search.ray.lane import LaneSettings
+from raylora.search.ray.run import run_search, start_broker
+from raylora.search.views import Views
+
+
+def run_pipeline(
+    run: RunDirectory, config: SearchConfig, screen: Console, *, address: str | None, dry_run: bool
+) -> None:
+    """Run a search to its end and merge, check and report its best trial.
+
+    Args:
+        run: new run directory, or one to go on with.
+        config: settings.
+        screen: shows plan, progress and tables.
+        address: Ray cluster to use; None starts a local instance.
+        dry_run: show the plan and stop.
+
+    Raises:
+        RayloraError: the settings, data, model or machine do not allow it, or the search or merge failed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; everything is kept.
+    """
+    with ExitStack() as stack:
+        if not dry_run:
+            stack.enter_context(locked(run.path))
+        if address:
+            stack.enter_context(connected(address))
+        devices = cluster_devices() if address else local_devices()
+        plan = make_plan(with_pinned_commits(config, run), run, devices)
+        check_same_data(run, plan.data.fingerprint)
+        _show_plan(screen, plan)
+        if dry_run:
+            screen.print("dry run: nothing was started")
+            return
+        if not address:
+            stack.enter_context(local_ray(devices))
+        write_provenance(run, plan.config, _facts(plan))
+        _search(run, plan, screen)
+        _finish(run, plan, screen)
+
+
+def _search(run: RunDirectory, plan: Plan, screen: Console) -> None:
+    events = list(read_events(run.events_file))
+    log = EventLog(run.events_file)
+    controller = SearchController(plan.config, plan.rungs, log, events=events, n_lanes=plan.n_lanes)
+    broker = start_broker()
+    try:
+        with Progress(controller.state, plan.config.n_trials(), screen) as progress:
+            views = Views(run, plan.config, controller.state, events, progress.note)
+            controller.listen(progress.show)
+            controller.listen(views.add)
+            run_search(run, _lanes(run, plan, broker), broker, controller, views, progress.note)
+            screen.print(progress.summary())
+    except KeyboardInterrupt:
+        screen.print(f"interrupted; everything is kept. Go on with: --output {run.path} --resume")
+        raise
+    finally:
+        log.close()
+
+
+def _lanes(run: RunDirectory, plan: Plan, broker: ray.actor.ActorHandle) -> list[LaneSettings]:
+    first = LaneSettings(
+        name="0",
+        broker=broker,
+        config=plan.config,
+        run_path=run.path,
+        tokens_dir=plan.data.tokens_dir,
+        slots=plan.slots,
+        memory=plan.memory,
+        on_gpu=plan.on_gpu,
+        threads=plan.threads,
+    )
+    return [replace(first, name=str(index)) for index in range(plan.n_lanes)]
+
+
+def _finish(run: RunDirectory, plan: Plan, screen: Console) -> None:
+    """Merge, check and report; the first two where the lanes were, since a cluster's head may have no GPU."""
+    best = save_best_adapter(run)
+    screen.print(f"best: trial {best.number}, eval_loss {best.eval_loss:.4f}; adapter in {run.best_adapter}")
+    # on a CPU, Ray gives a task as many threads as it asks for CPUs
+    on_device = ray.remote(num_cpus=1, num_gpus=1) if plan.on_gpu else ray.remote(num_cpus=plan.node_cpus)
+    for what, step in (("merging into the base", merge_run), ("generating on held-out prompts", evaluate_run)):
+        screen.print(f"{what} ...")
+        ray.get(on_device(step).remote(run))
+    write_report(run)
+    print_summary(run, screen)
+    check_tolerance(read_json(run.merge_file))
+
+
+def _show_plan(screen: Console, plan: Plan) -> None:
+    screen.print(dump_config(plan.config), style="dim")
+    _show_data(screen, plan.data)
+    memory = plan.memory
+    screen.print(
+        f"trials: {plan.config.n_trials()} of at most {plan.rungs[-1]} steps, validated at steps "
+        f"{', '.join(map(str, plan.rungs))}\n"
+        f"lanes: {plan.n_lanes} on {'a GPU' if plan.on_gpu else 'the CPU'} each, {plan.threads} threads, up to "
+        f"{plan.slots} trials at once\n"
+        f"memory, estimated: base {memory.base_mib:.0f} MiB, a trial at most {memory.trial_mib:.0f}; "
+        f"{memory.total_mib(plan.slots, plan.tokens_per_pass):.0f} with {plan.slots} of them and "
+        f"{plan.tokens_per_pass} tokens a pass"
+    )
+
+
+def _show_data(screen: Console, data: PreparedData) -> None:
+    """Show rows, tokens, lengths, and what was left out."""
+    for part, summary in data.summaries.items():
+        screen.print(
+            f"{part}: {summary.rows} rows, {summary.tokens} tokens ({summary.trained_tokens} with loss), length median "
+            f"{summary.length_p50}, 95 % {summary.length_p95}, longest {summary.length_max}; {summary.n_long} over "
+            f"max_length, {summary.n_dropped} dropped"
+        )
+    if data.n_overlapping or data.n_duplicates:
+        screen.print(f"{data.n_overlapping} overlapping training rows left out, {data.n_duplicates} duplicates kept")
+
+
+def _facts(plan: Plan) -> dict[str, object]:
+    base = plan.config.base_model
+    return {
+        "base_model": base.name,
+        "base_model_commit": base.revision if not Path(base.name).exists() else None,
+        "data_fingerprint": plan.data.fingerprint,
+        "data": {part: asdict(summary) for part, summary in plan.data.summaries.items()},
+        "rungs": plan.rungs,
+        "on_gpu": plan.on_gpu,
+        "n_lanes": plan.n_lanes,
+        "seed": plan.config.search.seed,
+        "n_cpus": os.cpu_count(),
+    }

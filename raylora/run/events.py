@@ -1,0 +1,243 @@
+"""Appends the events of a search to `events.jsonl` and reads them back: the only truth about its trials.
+
+Every event is one line of JSON, and is on disk before anything acts on it. `raylora.run.state` folds events to the
+state of the search, so that resuming a search is reading its log.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from raylora.errors import RunDirectoryError
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+    time: float = field(default=0.0, kw_only=True)
+    """Seconds since 1970; set when the event is appended."""
+
+
+@dataclass(frozen=True)
+class SessionStarted(Event):
+    """A process takes up the search, for the first time or after an earlier one has ended."""
+
+    n_trials: int
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Interrupted(Event):
+    """The user ended the session with Ctrl-C or SIGTERM."""
+
+
+@dataclass(frozen=True)
+class LaneUp(Event):
+    """A lane's process has loaded the base and can train."""
+
+    lane: str
+    process: int
+    """Counts the processes of this lane within the session, from 1."""
+
+    slots: int
+    facts: dict[str, Any]
+    """Host, device, engine and load time, as in `lanes.json`."""
+
+
+@dataclass(frozen=True)
+class LaneLost(Event):
+    """A lane's process has ended; its trials go back to the queue."""
+
+    lane: str
+    reason: str
+    for_good: bool
+    """False if a new process of the lane is up again."""
+
+    blames_trials: bool
+    """True if the process died on a node that lives on, so that one of its trials may have killed it."""
+
+
+@dataclass(frozen=True)
+class Proposed(Event):
+    """A trial has its hyperparameters and waits for a slot."""
+
+    number: int
+    assignment: dict[str, Any]
+    params: dict[str, Any]
+    """The sampled values under Optuna's names; empty for a repetition."""
+
+    max_steps: int
+    repeat_of: int | None = None
+    """Trial whose assignment this one trains again with another seed."""
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """A lane is told to train a trial, from its start or from a checkpoint."""
+
+    number: int
+    segment: int
+    """Counts the trial's stays on lanes, from 1."""
+
+    lane: str
+    resume_from: str | None
+    """Checkpoint, relative to the run directory."""
+
+
+@dataclass(frozen=True)
+class Reported(Event):
+    """A trial has reached a rung."""
+
+    number: int
+    segment: int
+    metrics: dict[str, Any]
+    """Fields of `RungMetrics`."""
+
+
+@dataclass(frozen=True)
+class Promoted(Event):
+    """A trial may train to its next rung."""
+
+    number: int
+    rung: int
+    """Index of that rung, from 1: rung 0 is open to every trial."""
+
+
+@dataclass(frozen=True)
+class Paused(Event):
+    """A trial leaves its lane and waits at a rung."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class GivenBack(Event):
+    """A trial leaves its lane before its next rung and waits for a slot again."""
+
+    number: int
+    reason: str
+    checkpoint: str | None
+    """Checkpoint saved now, relative to the run directory; None leaves the newest one as it was."""
+
+    slots: int | None = None
+    """Slots that its lane has from now on, where memory ran short."""
+
+    machine_fault: bool = False
+    """True if disk, files or device failed, for which no hyperparameter is to blame."""
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """A trial has reached the full budget."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Stopped(Event):
+    """A paused trial cannot be promoted any more."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """A trial cannot go on, and its hyperparameters are to blame."""
+
+    number: int
+    reason: str
+
+
+_KINDS = {
+    kind.__name__: kind
+    for kind in (
+        SessionStarted,
+        Interrupted,
+        LaneUp,
+        LaneLost,
+        Proposed,
+        Started,
+        Reported,
+        Promoted,
+        Paused,
+        GivenBack,
+        Finished,
+        Stopped,
+        Failed,
+    )
+}
+
+
+class EventLog:
+    """The open log of one session. Appended events are collected until `flush`, which returns when they are on disk."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        """Open the log and cut off a line that a kill has torn.
+
+        Args:
+            path: `events.jsonl`; made if it does not exist.
+            clock: gives the time of each event.
+        """
+        self._clock, self._lines = clock, list[str]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        whole = path.read_bytes().rfind(b"\n") + 1
+        if whole < self._file.tell():
+            self._file.truncate(whole)
+        _sync_folder(path.parent)
+
+    def append(self, event: Event) -> Event:
+        """Return the event with its time; it is on disk after the next `flush`."""
+        event = replace(event, time=self._clock())
+        self._lines.append(json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=False) + "\n")
+        return event
+
+    def flush(self) -> None:
+        """Write all appended events through to the disk.
+
+        Raises:
+            OSError: the disk is full or gone; nothing that the events say may be acted on.
+        """
+        if self._lines:
+            self._file.write("".join(self._lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._lines.clear()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """Yield all events of a log in order; a torn last line is left out, a missing file holds none.
+
+    Raises:
+        RunDirectoryError: a line is broken, with its number.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                values = json.loads(line)
+                yield _KINDS[values.pop("event")](**values)
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunDirectoryError(f"{path}:{number}: not an event of this version of raylora: {error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
