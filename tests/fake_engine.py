@@ -35,10 +35,6 @@ class FakeEngine:
         return cls(kwargs["cache_dir"], step_seconds=0.05)
 
     @classmethod
-    def load_with_reason(cls, config: SearchConfig, **kwargs: Any) -> "FakeEngine":
-        return cls(kwargs["cache_dir"], reason="made up")
-
-    @classmethod
     def load_broken(cls, config: SearchConfig, **kwargs: Any) -> "FakeEngine":
         raise OSError("no weights here")
 

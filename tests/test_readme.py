@@ -62,16 +62,26 @@ def test_every_command_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_tree_matches_the_files() -> None:
     tree = README.split("## What is where")[1].split("```")[1]
-    named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    assert named == {path.name for path in (ROOT / "raylora").glob("*.py")} - {"__init__.py"}
+    inside = re.findall(r"^  (\S+) ", tree, re.MULTILINE)
+    modules = [path.name for path in (ROOT / "raylora").glob("*.py") if path.name != "__init__.py"]
+    folders = [f"{path.parent.relative_to(ROOT / 'raylora')}/" for path in (ROOT / "raylora").rglob("*/__init__.py")]
+    assert sorted(inside) == sorted(modules + folders)
     for path in re.findall(r"^(\S+)/? ", tree, re.MULTILINE):
         assert (ROOT / path).exists()
 
 
+def test_the_yaml_is_a_search_space(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block)
+    assert load_config(tmp_path / "mine.yaml").n_trials() == 27
+
+
 def test_every_link_leads_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_no_placeholder_is_left() -> None:
-    assert "<!--" not in README
+    for page in (README, *((ROOT / "docs" / name).read_text() for name in ("design.md", "search.md"))):
+        assert not re.search(r"<!--|^[A-Z]+_[A-Z_]+$", page, re.MULTILINE)

@@ -2,29 +2,28 @@
 
 import os
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import ray
 from rich.console import Console
 
 from raylora.config.load import dump_config
 from raylora.config.schema import SearchConfig
 from raylora.data.prepare import PreparedData
 from raylora.evaluate.heldout import evaluate_run
-from raylora.merge.run import check_tolerance, merge_run, save_best_adapter
+from raylora.merge.gate import check_tolerance
+from raylora.merge.run import merge_run, save_best_adapter
 from raylora.report.page import write_report
 from raylora.report.progress import Progress
 from raylora.report.screen import print_summary
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory, check_same_data, with_pinned_commits
 from raylora.run.events import EventLog, read_events
-from raylora.run.lock import locked
 from raylora.run.provenance import write_provenance
 from raylora.search.controller import SearchController
 from raylora.search.plan import Plan, make_plan
-from raylora.search.ray.cluster import cluster_devices, connected, local_devices, local_ray
-from raylora.search.ray.lane import LaneSettings
+from raylora.search.ray.cluster import call_on_device, cluster_devices, connected, local_devices, local_ray
+from raylora.search.ray.lane import plan_settings
 from raylora.search.ray.run import run_search, start_broker
 from raylora.search.views import Views
 
@@ -35,7 +34,7 @@ def run_pipeline(
     """Run a search to its end and merge, check and report its best trial.
 
     Args:
-        run: new run directory, or one to go on with.
+        run: new run directory, or one to go on with; locked by the caller.
         config: settings.
         screen: shows plan, progress and tables.
         address: Ray cluster to use; None starts a local instance.
@@ -46,8 +45,6 @@ def run_pipeline(
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything is kept.
     """
     with ExitStack() as stack:
-        if not dry_run:
-            stack.enter_context(locked(run.path))
         if address:
             stack.enter_context(connected(address))
         devices = cluster_devices() if address else local_devices()
@@ -74,7 +71,7 @@ def _search(run: RunDirectory, plan: Plan, screen: Console) -> None:
             views = Views(run, plan.config, controller.state, events, progress.note)
             controller.listen(progress.show)
             controller.listen(views.add)
-            run_search(run, _lanes(run, plan, broker), broker, controller, views, progress.note)
+            run_search(run, plan_settings(run, plan, broker), broker, controller, views, progress.note)
             screen.print(progress.summary())
     except KeyboardInterrupt:
         screen.print(f"interrupted; everything is kept. Go on with: --output {run.path} --resume")
@@ -83,30 +80,13 @@ def _search(run: RunDirectory, plan: Plan, screen: Console) -> None:
         log.close()
 
 
-def _lanes(run: RunDirectory, plan: Plan, broker: ray.actor.ActorHandle) -> list[LaneSettings]:
-    first = LaneSettings(
-        name="0",
-        broker=broker,
-        config=plan.config,
-        run_path=run.path,
-        tokens_dir=plan.data.tokens_dir,
-        slots=plan.slots,
-        memory=plan.memory,
-        on_gpu=plan.on_gpu,
-        threads=plan.threads,
-    )
-    return [replace(first, name=str(index)) for index in range(plan.n_lanes)]
-
-
 def _finish(run: RunDirectory, plan: Plan, screen: Console) -> None:
     """Merge, check and report; the first two where the lanes were, since a cluster's head may have no GPU."""
     best = save_best_adapter(run)
     screen.print(f"best: trial {best.number}, eval_loss {best.eval_loss:.4f}; adapter in {run.best_adapter}")
-    # on a CPU, Ray gives a task as many threads as it asks for CPUs
-    on_device = ray.remote(num_cpus=1, num_gpus=1) if plan.on_gpu else ray.remote(num_cpus=plan.node_cpus)
     for what, step in (("merging into the base", merge_run), ("generating on held-out prompts", evaluate_run)):
         screen.print(f"{what} ...")
-        ray.get(on_device(step).remote(run))
+        call_on_device(step, run, on_gpu=plan.on_gpu, n_cpus=plan.node_cpus)
     write_report(run)
     print_summary(run, screen)
     check_tolerance(read_json(run.merge_file))

@@ -10,16 +10,19 @@ import typer
 
 from raylora.cli.command import command, console, run_command
 from raylora.report.evaluation_tables import show_evaluation
-from raylora.run.directory import RunDirectory
+from raylora.run.directory import existing_run
+from raylora.run.lock import locked
 
 
 @command
 def evaluate(run_directory: Annotated[Path, typer.Argument(help="Folder of a search, merged.")]) -> None:
     """Generate on the held-out prompts with base, adapter and merged model, and score the answers."""
-    # loads torch, which `raylora --help` must not wait for
-    from raylora.evaluate.heldout import evaluate_run  # noqa: PLC0415
+    run = existing_run(run_directory)
+    with locked(run.path):
+        from raylora.evaluate.heldout import evaluate_run  # noqa: PLC0415  # loads torch
 
-    show_evaluation(evaluate_run(RunDirectory(run_directory)), console())
+        result = evaluate_run(run)
+    show_evaluation(result, console())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from raylora.export.gguf import convert, find_converter
 from raylora.export.hub import push
 from raylora.report.model_card import model_card
 from raylora.run.atomic import replacing, write_text
-from raylora.run.directory import RunDirectory
+from raylora.run.directory import RunDirectory, existing_run
+from raylora.run.lock import locked
 
 
 class Format(StrEnum):
@@ -37,9 +38,10 @@ def export(
     private: Annotated[bool, typer.Option(help="Make the Hub repository private.")] = True,
 ) -> None:
     """Write the best adapter's merged model with a model card, and upload it to the Hub if asked."""
-    run, output = RunDirectory(run_directory), new_folder(output)
+    run, output = existing_run(run_directory), new_folder(output)
     converter = find_converter(llama_cpp) if format is Format.gguf else None
-    merged = _merged(run, "bf16" if format is Format.gguf else format.value)
+    with locked(run.path):
+        merged = _merged(run, "bf16" if format is Format.gguf else format.value)
     with replacing(output) as temporary:
         if converter is None:
             shutil.copytree(merged, temporary)
@@ -56,8 +58,7 @@ def export(
 
 def _merged(run: RunDirectory, form: str) -> Path:
     """Return the directory of the merged model in one format. Merge again if the search did not write that format."""
-    # loads torch, which `raylora --help` must not wait for
-    from raylora.merge.run import merge_run, save_best_adapter  # noqa: PLC0415
+    from raylora.merge.run import merge_run, save_best_adapter  # noqa: PLC0415  # loads torch
 
     directory = run.merged(form)
     if not directory.is_dir():

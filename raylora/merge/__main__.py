@@ -16,7 +16,9 @@ import typer
 from raylora.cli.command import command, console, new_folder, run_command, split_arguments
 from raylora.errors import ConfigError
 from raylora.report.merge_tables import show_merge
-from raylora.run.directory import RunDirectory
+from raylora.merge.gate import check_tolerance
+from raylora.run.directory import existing_run
+from raylora.run.lock import locked
 
 
 @command
@@ -29,22 +31,19 @@ def merge(
     merge_tolerance: Annotated[float | None, typer.Option(help="As --merge.tolerance.")] = None,
 ) -> None:
     """Merge a search's best adapter, or any adapter, and measure what it lost. Any setting: --merge.strategy NAME."""
-    # loads torch, which `raylora --help` must not wait for
-    from raylora.merge.run import (  # noqa: PLC0415
-        check_tolerance,
-        merge_run,
-        merge_without_search,
-        save_best_adapter,
-    )
-
     run_directory, overrides = split_arguments(run_directory, context.args)
     if merge_tolerance is not None:
         overrides["merge.tolerance"] = str(merge_tolerance)
     if run_directory is not None:
-        run = RunDirectory(run_directory)
-        save_best_adapter(run)
-        result = merge_run(run, overrides)
+        run = existing_run(run_directory)
+        with locked(run.path):
+            from raylora.merge.run import merge_run, save_best_adapter  # noqa: PLC0415  # loads torch
+
+            save_best_adapter(run)
+            result = merge_run(run, overrides)
     elif base is not None and adapter is not None and output is not None:
+        from raylora.merge.run import merge_without_search  # noqa: PLC0415  # loads torch
+
         result = merge_without_search(base, adapter, new_folder(output), overrides)
     else:
         raise ConfigError("needs the folder of a search, or --base, --adapter and --output")

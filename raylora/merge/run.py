@@ -170,20 +170,3 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device is cuda, and this machine has no GPU; `raylora doctor` says what torch sees")
     return "cuda:0" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def check_tolerance(result: dict[str, Any]) -> None:
-    """Check the merge gate: the validation loss of the merged model against `merge.tolerance`.
-
-    Args:
-        result: from `merge_adapter`.
-
-    Raises:
-        MergeError: the loss of the written model is above the tolerance.
-    """
-    if result["passed"] is False:
-        raise MergeError(
-            f"the merged model's validation loss is {100 * result['loss_increase']:.2f} % above the adapter's, and "
-            f"merge.tolerance is {100 * result['tolerance']:.2f} %; keep the adapter unmerged, or write a format that "
-            "loses less: --merge.formats '[residual, bf16]'"
-        )

@@ -119,6 +119,17 @@ def open_run(path: Path, config: SearchConfig, *, resume: bool) -> RunDirectory:
     return run
 
 
+def existing_run(path: Path) -> RunDirectory:
+    """Return the run directory of a search that was started.
+
+    Raises:
+        RunDirectoryError: there is none.
+    """
+    run = RunDirectory(path.expanduser().resolve())
+    run.config()
+    return run
+
+
 def with_pinned_commits(config: SearchConfig, run: RunDirectory) -> SearchConfig:
     """Return settings with the Hub commits that a run was started with, where they name none themselves."""
     if not run.config_file.is_file():

@@ -3,6 +3,7 @@
 Applying an event costs the same however many trials there are. Tables, terminal and decisions read this state only.
 """
 
+import heapq
 import math
 import statistics
 from collections.abc import Iterable
@@ -217,7 +218,7 @@ class SearchState:
         """Return the n assignments that came furthest, and there had the lowest validation loss."""
         rows = [row for row in self.trials.values() if row.repeat_of is None and row.state != "failed"]
         known = [(-row.step, row.eval_loss, row.number) for row in rows if row.eval_loss is not None]
-        return [self.trials[number] for _, _, number in sorted(known)[:n]]
+        return [self.trials[number] for _, _, number in heapq.nsmallest(n, known)]
 
     def runs_of(self, number: int) -> list[TrialRow]:
         """Return a trial and its repetitions."""

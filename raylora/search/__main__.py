@@ -3,6 +3,7 @@
 Run as `python -m raylora.search [SPACE.yaml] [--output DIR] [--section.key value ...]`.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from raylora.cli.command import command, console, run_command, split_arguments
 from raylora.cli.spaces import find_space
 from raylora.config.load import load_config
 from raylora.run.directory import open_run
+from raylora.run.lock import locked
 
 
 @command
@@ -33,9 +35,10 @@ def search(
     space = find_space(space)
     config = load_config(space, overrides)
     run = open_run(output or Path("results") / space.stem, config, resume=resume)
-    from raylora.cli.pipeline import run_pipeline  # noqa: PLC0415  # torch and Ray: a wrong setting is told before
+    with nullcontext() if dry_run else locked(run.path):
+        from raylora.cli.pipeline import run_pipeline  # noqa: PLC0415  # loads torch and Ray: not for a wrong setting
 
-    run_pipeline(run, config, console(), address=address, dry_run=dry_run)
+        run_pipeline(run, config, console(), address=address, dry_run=dry_run)
 
 
 if __name__ == "__main__":

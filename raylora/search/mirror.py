@@ -1,77 +1,75 @@
-"""Mirrors a search into `study.db` for optuna-dashboard. The search never reads it."""
+"""Mirrors a search into `study.db` for optuna-dashboard. The search never reads it, and never waits for it."""
 
-import logging
+import queue
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
 from raylora.config.space import SearchSpace
 from raylora.run.events import Event, Failed, Finished, Proposed, Reported, Stopped
-from raylora.run.state import SearchState
 from raylora.search.sampler import FAILED, distributions
 
 STUDY = "raylora"
 
+SECONDS_TO_CATCH_UP = 60.0
+"""How long the end of a search waits for its mirror; SQLite takes some 10 ms an event."""
+
 
 class StudyMirror:
-    """Optuna's study of one run in SQLite, written anew from the log at the start of each session.
+    """Optuna's study of one run in SQLite, written anew from the log in each session, by a thread of its own.
 
-    A mirror that cannot be written says so once and is left alone: it never ends a search.
+    A mirror that cannot be written is noted once and left alone: it never ends a search.
+
+    Args:
+        file: `study.db`.
+        space: the search space.
+        note: shows the user a line.
     """
 
-    def __init__(self, file: Path, space: SearchSpace, state: SearchState) -> None:
-        self._file, self._space, self._state = file, space, state
-        self._events: list[Event] = []
-        self._ids: dict[int, int] = {}
-        self._study: optuna.Study | None = None
-        self.broken: str | None = None
-        """Why the mirror was given up."""
+    def __init__(self, file: Path, space: SearchSpace, note: Callable[[str], None]) -> None:
+        self._file, self._space, self._note = file, space, note
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._params: dict[int, dict[str, Any]] = {}
+        self._losses: dict[int, float] = {}
+        self._thread = threading.Thread(target=self._run, name="study-mirror", daemon=True)
+        self._thread.start()
 
     def add(self, event: Event) -> None:
-        """Take an event to be mirrored by the next `write`."""
-        if self.broken is None and isinstance(event, Proposed | Reported | Finished | Stopped | Failed):
-            self._events.append(event)
+        """Take in an event, to be mirrored soon."""
+        if isinstance(event, Proposed | Reported | Finished | Stopped | Failed):
+            self._events.put(event)
 
-    def write(self) -> None:
-        """Mirror all events that have been added since the last time."""
-        events, self._events = self._events, []
-        if self.broken is not None:
-            return
+    def close(self) -> None:
+        """Mirror what is left, and stop."""
+        self._events.put(None)
+        self._thread.join(SECONDS_TO_CATCH_UP)
+
+    def _run(self) -> None:
         try:
-            if self._study is None:
-                self._study = self._open()
-            for event in events:
-                self._mirror(self._study, event)
+            study = self._open()
+            while (event := self._events.get()) is not None:
+                self._mirror(study, event)
         except Exception as error:  # SQLite, SQLAlchemy and Optuna each raise their own; none may end the search
-            self.broken = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            logging.getLogger(__name__).debug("study mirror", exc_info=True)
+            first_line = next(iter(str(error).splitlines()), "no message")
+            self._note(f"study.db is not kept any more ({type(error).__name__}: {first_line}); the search goes on")
 
     def _open(self) -> optuna.Study:
         self._file.unlink(missing_ok=True)
-        study = optuna.create_study(study_name=STUDY, storage=f"sqlite:///{self._file}", direction="minimize")
-        study.set_metric_names(["eval_loss"])
-        return study
+        return optuna.create_study(study_name=STUDY, storage=f"sqlite:///{self._file}", direction="minimize")
 
     def _mirror(self, study: optuna.Study, event: Event) -> None:
         match event:
             case Proposed():
-                source = event.number if event.repeat_of is None else event.repeat_of
-                params = self._state.params[source]
-                attributes = {"assignment": event.assignment, "repeat_of": event.repeat_of}
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        state=TrialState.RUNNING,
-                        params=params,
-                        distributions=distributions(self._space, params),
-                        user_attrs={name: value for name, value in attributes.items() if value is not None},
-                    )
-                )
-                self._ids[event.number] = len(self._ids) + 1  # SQLite counts a new study's trials from 1
+                self._add_trial(study, event)
             case Reported():
-                self._trial(study, event.number).report(event.metrics["eval_loss"], event.metrics["step"])
+                loss = self._losses[event.number] = event.metrics["eval_loss"]
+                self._trial(study, event.number).report(loss, event.metrics["step"])
             case Finished():
-                study.tell(event.number, self._state.trials[event.number].eval_loss)
+                study.tell(event.number, self._losses[event.number])
             case Stopped():
                 study.tell(event.number, state=TrialState.PRUNED)
             case Failed():
@@ -80,5 +78,20 @@ class StudyMirror:
                 trial.set_constraint(FAILED, 1.0)
                 study.tell(event.number, state=TrialState.PRUNED)
 
-    def _trial(self, study: optuna.Study, number: int) -> optuna.trial.Trial:
-        return optuna.trial.Trial(study, self._ids[number])
+    def _add_trial(self, study: optuna.Study, event: Proposed) -> None:
+        params = event.params if event.repeat_of is None else self._params[event.repeat_of]
+        self._params[event.number] = params
+        attributes: dict[str, Any] = {"assignment": event.assignment}
+        if event.repeat_of is not None:
+            attributes["repeat_of"] = event.repeat_of
+        trial = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=params,
+            distributions=distributions(self._space, params),
+            user_attrs=attributes,
+        )
+        study.add_trial(trial)
+
+    @staticmethod
+    def _trial(study: optuna.Study, number: int) -> optuna.trial.Trial:
+        return optuna.trial.Trial(study, number + 1)  # SQLite counts the trials of a new file from 1

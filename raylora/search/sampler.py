@@ -20,7 +20,7 @@ from raylora.run.state import SearchState, TrialRow
 FAILED = "trained_without_failing"
 """Name of the constraint; above 0 means violated."""
 
-MAX_SHOWN = 1000
+MAX_SHOWN = 300
 """Trials that the sampler looks at, at most, since its time grows with them: the best tenth and the newest."""
 
 STATES = {

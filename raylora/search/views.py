@@ -29,9 +29,8 @@ class Views:
         events: list[Event],
         note: Callable[[str], None],
     ) -> None:
-        self._run, self._state, self._note = run, state, note
         self._tables = TableWriter(run, state)
-        self._mirror = StudyMirror(run.study_file, config.search_space(), state)
+        self._mirror = StudyMirror(run.study_file, config.search_space(), note)
         self._changed = True
         for event in events:
             self._mirror.add(event)
@@ -42,15 +41,12 @@ class Views:
         self._changed = True
 
     def write_if_due(self) -> None:
-        """Write what has changed, unless that was done a moment ago."""
+        """Write the tables if they have changed, unless that was done a moment ago."""
         if self._changed and self._tables.is_due():
-            self.write()
+            self._tables.write()
+            self._changed = False
 
-    def write(self) -> None:
-        """Write what has changed."""
-        was_broken = self._mirror.broken
+    def close(self) -> None:
+        """Write what has changed, and stop."""
         self._tables.write()
-        self._mirror.write()
-        self._changed = False
-        if self._mirror.broken and not was_broken:
-            self._note(f"study.db is not kept any more ({self._mirror.broken}); the search goes on without it")
+        self._mirror.close()

@@ -33,7 +33,8 @@ from raylora.merge import select as merging
 from raylora.merge.evaluator import MergeEvaluator
 from raylora.merge.job import MergeJob
 from raylora.merge.rounding import CalibrationInputs
-from raylora.merge.run import check_tolerance, merge_run, save_best_adapter
+from raylora.merge.gate import check_tolerance
+from raylora.merge.run import merge_run, save_best_adapter
 from raylora.merge.select import merge_adapter, open_reader
 from raylora.report.merge_tables import merge_rows, verdict
 from raylora.run.atomic import PREFIX, read_json

@@ -7,7 +7,7 @@ import pytest
 
 from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
-from raylora.run.directory import RunDirectory, check_same_data, open_run
+from raylora.run.directory import RunDirectory, check_same_data, open_run, with_pinned_commits
 from raylora.run.provenance import write_provenance
 
 
@@ -31,6 +31,15 @@ def test_resuming_with_another_config_names_the_change(
     assert open_run(tmp_path / "run", make_config(search={"n_trials": 50}), resume=True)  # more trials are welcome
     with pytest.raises(RunDirectoryError, match=r"was started with another config.*- max_steps: 9; \+ max_steps: 10"):
         open_run(tmp_path / "run", make_config(training={"max_steps": 10}), resume=True)
+
+
+def test_resuming_keeps_the_commits_that_were_pinned(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", make_config(), resume=False)
+    write_provenance(run, make_config(base_model={"revision": "abc"}, data={"revision": "def"}), {})
+    found = with_pinned_commits(make_config(), open_run(run.path, make_config(), resume=True))
+    assert (found.base_model.revision, found.data.revision) == ("abc", "def")
+    with pytest.raises(RunDirectoryError, match=r"another config.*- revision: abc; \+ revision: xyz"):
+        open_run(run.path, make_config(base_model={"revision": "xyz"}), resume=True)
 
 
 def test_resuming_with_other_data_is_refused(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:

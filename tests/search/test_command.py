@@ -1,6 +1,7 @@
 """The command as a user types it: end to end, interrupted and resumed, on two nodes, with bad input."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import ray
 import torch
@@ -21,7 +23,8 @@ from raylora.config.load import dump_config
 from raylora.config.schema import SearchConfig
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
-from raylora.run.tables import Records
+from raylora.run.lock import locked
+from raylora.run.state import SearchState
 
 SPACE = {
     "r": {"choice": [2, 4]},
@@ -70,10 +73,10 @@ def test_one_command_goes_from_rows_to_a_checked_merged_model(
     run = RunDirectory(tmp_path / "run")
     code, output = finish(command(space_file, "--output", run.path))
     assert code == 0, output
-    records = Records.load(run)
-    assert len(records.trials) == 3
-    assert records.count("running") == 0
-    best = records.best()
+    state = SearchState.load(run)
+    assert len(state.trials) == 3
+    assert state.count("running") == 0
+    best = state.best()
     assert best is not None
     assert f"best: trial {best.number}" in output
     assert "Traceback" not in output
@@ -104,7 +107,9 @@ def test_one_command_goes_from_rows_to_a_checked_merged_model(
     assert code == 0, output
     assert "dry run: nothing was started" in output
     assert not (tmp_path / "again").exists()
-    # each later step runs alone
+    # each later step runs alone, though the run directory has moved and the cache is gone
+    run = RunDirectory(run.path.rename(tmp_path / "elsewhere"))
+    shutil.rmtree(tmp_path / "cache")
     for module in ("merge", "evaluate", "report"):
         result = subprocess.run(
             [sys.executable, "-m", f"raylora.{module}", str(run.path)], capture_output=True, text=True, check=False
@@ -124,17 +129,26 @@ def test_one_command_goes_from_rows_to_a_checked_merged_model(
 def test_an_ended_search_is_resumed(how: signal.Signals, space_file: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     # steps enough that it can be caught in the middle
-    many = ("--search.n_trials", 8, "--search.scheduler", "none", "--training.max_steps", 200)
+    many = (
+        "--search.n_trials",
+        8,
+        "--search.scheduler",
+        "none",
+        "--search.trials_per_gpu",
+        2,
+        "--training.max_steps",
+        200,
+    )
     arguments = (space_file, "--output", run.path, *many)
     process = command(*arguments)
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:
-        if run.trials_file.is_file() and Records.load(run).count("finished") >= 2:
+        if SearchState.load(run).count("finished") >= 2:
             break
         time.sleep(0.1)
     process.send_signal(how)
     code, output = finish(process, timeout=60)
-    before = Records.load(run)
+    before = SearchState.load(run)
     assert 2 <= before.count("finished") < 8, output
     if how == signal.SIGINT:
         assert code == 130, output
@@ -145,12 +159,38 @@ def test_an_ended_search_is_resumed(how: signal.Signals, space_file: Path, tmp_p
     assert "is not empty; `--resume` goes on with it" in message.replace("\n", " ")
     code, output = finish(command(*arguments, "--resume"))
     assert code == 0, output
-    after = Records.load(run)
+    after = SearchState.load(run)
     assert len(after.trials) == 8
     assert after.count("finished") == 8
     for number, trial in before.trials.items():
         if trial.state == "finished":
             assert after.trials[number] == trial
+
+
+@pytest.mark.ray
+def test_the_same_seed_gives_the_same_search_to_the_last_digit(space_file: Path, tmp_path: Path) -> None:
+    def search(name: str, n_trials: int, *options: str) -> list[dict]:
+        code, output = finish(command(space_file, "--output", tmp_path / name, "--search.n_trials", n_trials, *options))
+        assert code == 0, output
+        trials = pyarrow.parquet.read_table(RunDirectory(tmp_path / name).trials_file).to_pylist()
+        measured = ("seconds", "_at", "peak_memory_mib", "tokens_per_second")
+        return [{key: row[key] for key in row if not key.endswith(measured)} for row in trials]
+
+    assert search("one", 9) == search("other", 9)
+    # a moved run directory without its cache is resumed, and trains on the same rows
+    (tmp_path / "other").rename(tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "cache")
+    resumed = search("elsewhere", 12, "--resume")
+    assert len(resumed) == 12
+    assert "failed" not in {row["state"] for row in resumed}
+
+
+def test_a_second_search_on_one_run_directory_is_refused(space_file: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        for arguments in ((), ("--resume",)):
+            code, output = finish(command(space_file, "--output", tmp_path / "run", *arguments))
+            assert code == 2
+            assert f"is in use by process {os.getpid()} on" in output.replace("\n", " ")
 
 
 @pytest.mark.ray
@@ -175,7 +215,7 @@ def test_a_search_uses_both_nodes_of_a_cluster(space_file: Path, tmp_path: Path)
         )
         code, output = finish(process)
         assert code == 0, output
-        trials = Records.load(run).trials.values()
+        trials = SearchState.load(run).trials.values()
         assert {trial.lane for trial in trials} == {"0", "1"}
         assert all(trial.state == "finished" for trial in trials)
     finally:

@@ -30,7 +30,7 @@ def test_the_mirror_shows_every_trial_as_it_is(config: SearchConfig, tmp_path: P
     simulation.fail(simulation.lanes["0"], 1)
     simulation.finish()
     notes: list[str] = []
-    views_of(simulation, notes).write()
+    views_of(simulation, notes).close()
     study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{simulation.run.study_file}")
     states = {
         "finished": TrialState.COMPLETE,
@@ -52,10 +52,9 @@ def test_a_mirror_follows_a_search_event_by_event(config: SearchConfig, tmp_path
     simulation = Simulation(config, tmp_path)
     views = views_of(simulation, [])
     simulation.controller.listen(views.add)
-    views.write()
     for _ in range(3):
         simulation.step(simulation.lanes["0"])
-    views.write()
+    views.close()
     study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{simulation.run.study_file}")
     assert [3 in trial.intermediate_values for trial in study.trials[:3]] == [True] * 3
 
@@ -66,9 +65,8 @@ def test_a_broken_mirror_is_noted_once_and_left_alone(config: SearchConfig, tmp_
     notes: list[str] = []
     views = views_of(simulation, notes)
     simulation.controller.listen(views.add)
-    views.write()
     simulation.finish()
-    views.write()
+    views.close()
     assert len(notes) == 1
     assert "study.db is not kept any more" in notes[0]
     assert simulation.controller.done

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,18 @@ def local_ray(devices: Devices) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def call_on_device(function: Callable[..., Any], *arguments: Any, on_gpu: bool, n_cpus: int) -> Any:
+    """Call a function in a process of its own, where a lane could be, and return its result.
+
+    Args:
+        function: called with `arguments`; both are pickled.
+        on_gpu: reserve a GPU.
+        n_cpus: reserve so many CPUs without a GPU; Ray gives the process as many threads.
+    """
+    remote = ray.remote(num_cpus=1, num_gpus=1) if on_gpu else ray.remote(num_cpus=n_cpus)
+    return ray.get(remote(function).remote(*arguments))
 
 
 def local_devices() -> Devices:

@@ -26,6 +26,7 @@ from raylora.run.atomic import write_text
 from raylora.run.directory import RunDirectory
 from raylora.run.metrics import RungMetrics
 from raylora.search.messages import Batch, Failure, Leave, News, Order, Ready, Report, Return, Start
+from raylora.search.plan import Plan
 from raylora.training.choose import load_engine
 from raylora.training.memory import MemoryEstimate
 from raylora.training.packed.engine import PackedEngine
@@ -68,6 +69,22 @@ class LaneSettings:
     """CPU threads for torch; unset, lanes on one machine would fight for all cores."""
 
     load_engine: Callable[..., Engine | PackedEngine] = load_engine
+
+
+def plan_settings(run: RunDirectory, plan: Plan, broker: ActorHandle) -> list[LaneSettings]:
+    """Return the settings of each lane of a plan."""
+    first = LaneSettings(
+        name="0",
+        broker=broker,
+        config=plan.config,
+        run_path=run.path,
+        tokens_dir=plan.data.tokens_dir,
+        slots=plan.slots,
+        memory=plan.memory,
+        on_gpu=plan.on_gpu,
+        threads=plan.threads,
+    )
+    return [replace(first, name=str(index)) for index in range(plan.n_lanes)]
 
 
 def lane_trainer(settings: LaneSettings) -> TorchTrainer:

@@ -52,16 +52,17 @@ def run_search(
         SearchError: the first trials all failed, no trial finished, or the machines do not allow the search to go on.
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything is kept.
     """
-    controller.begin(socket.gethostname(), os.getpid())
     interruption = _Interruption()
-    if not controller.done:
-        _train(run, lanes, broker, controller, views, note, interruption)
-        _write_lanes(run, controller.state)
-    if interruption.came and not controller.over:
-        controller.interrupt()
-    views.write()
-    if interruption.came and not controller.over:
-        raise KeyboardInterrupt
+    try:
+        controller.begin(socket.gethostname(), os.getpid())
+        if not controller.done:
+            _train(run, lanes, broker, controller, views, note, interruption)
+            _write_lanes(run, controller.state)
+        if interruption.came and not controller.over:
+            controller.interrupt()
+            raise KeyboardInterrupt
+    finally:
+        views.close()
     if controller.error is not None:
         raise SearchError(controller.error)
     if controller.state.best() is None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from raylora.config.schema import SearchConfig
 from raylora.errors import SearchError
 from raylora.report.progress import Progress
+from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
 from raylora.run.events import EventLog, read_events
 from raylora.run.state import SearchState
@@ -96,13 +97,6 @@ def study_of(tmp_path: Path) -> optuna.Study:
     return optuna.load_study(study_name=STUDY, storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
 
 
-def test_the_lanes_are_written_down(search: Callable[..., SearchState], tmp_path: Path) -> None:
-    search([(8, 1e-3)])
-    lanes = read_json(tmp_path / "run" / "lanes.json")
-    assert lanes["lanes"]["0"]["engine"] == "FakeEngine"
-    assert lanes["driver"]["peak_memory_mib"] > 0
-
-
 def test_weak_trials_stop_early_and_the_search_goes_on(search: Callable[..., SearchState], tmp_path: Path) -> None:
     # six reach step 3, the best two of them step 9, the better one of those the end, though it came last
     points = [(8, 9e-3), (8, 1e-4), (8, 2e-4), (8, 5e-4), (8, 9.5e-3), (8, 3e-4)]
@@ -119,6 +113,9 @@ def test_weak_trials_stop_early_and_the_search_goes_on(search: Callable[..., Sea
     assert list(told[1].intermediate_values) == [3]
     assert list(told[0].intermediate_values) == [3, 9]
     assert list(told[4].intermediate_values) == RUNGS
+    lanes = read_json(tmp_path / "run" / "lanes.json")
+    assert lanes["lanes"]["0"]["engine"] == "FakeEngine"
+    assert lanes["driver"]["peak_memory_mib"] > 0
     # a stopped trial never stands as finished, neither for Optuna nor in the table
     assert study_of(tmp_path).best_trial.number == 4
     assert "trial 1: stopped (not promoted from step 3)" in search.output.getvalue()
@@ -146,11 +143,6 @@ def test_a_killed_lane_comes_back_and_its_trial_goes_on_from_its_checkpoint(
     assert (tmp_path / "cache" / "killed").exists()
 
 
-def test_the_search_stops_when_the_first_trials_all_fail(search: Callable[..., SearchState]) -> None:
-    with pytest.raises(SearchError, match=r"the first trials all failed; trial 0: ValueError: always fails; trial 1"):
-        search([(99, 1e-3)] * 3, n_trials=20)
-
-
 def test_a_base_that_cannot_load_ends_the_search_at_once_with_the_reason(
     search: Callable[..., SearchState], tmp_path: Path
 ) -> None:
@@ -163,19 +155,6 @@ def test_a_base_that_cannot_load_ends_the_search_at_once_with_the_reason(
     assert states(SearchState.load(RunDirectory(tmp_path / "run"))) == ["queued"]  # no trial is blamed for it
 
 
-def test_resuming_keeps_what_finished_and_counts_a_total(search: Callable[..., SearchState], tmp_path: Path) -> None:
-    points = [(8, rate) for rate in RATES]
-    first = search(points, n_trials=4, scheduler="halving")
-    assert len(first.trials) == 4
-    run = RunDirectory(tmp_path / "run")
-    state = search(points, n_trials=8, scheduler="halving")
-    assert len(state.trials) == 8
-    assert [state.trials[number] for number in range(4)] == [first.trials[number] for number in range(4)]
-    # the halving remembers: 1.5e-4 is among the worst two thirds of all eight, not of the last four only
-    assert state.trials[5].state == "stopped"
-    assert run.study_file.is_file()
-
-
 def test_lanes_work_side_by_side_and_take_the_next_trial_at_once(search: Callable[..., SearchState]) -> None:
     state = search([(8, rate) for rate in RATES], n_lanes=2, scheduler="none", load_engine=FakeEngine.load_slow)
     assert states(state) == ["finished"] * 8
@@ -185,27 +164,3 @@ def test_lanes_work_side_by_side_and_take_the_next_trial_at_once(search: Callabl
     first_start = min(row.reported_at for row in state.history) - 27 * 0.05
     last_end = max(row.reported_at for row in state.history)
     assert last_end - first_start < 5.4 + 3 * 1.0
-
-
-def test_the_best_assignments_are_repeated_with_other_seeds(search: Callable[..., SearchState], tmp_path: Path) -> None:
-    state = search([(8, rate) for rate in RATES[:4]], repeat_best=2, repeats=2)
-    repeats = [trial for trial in state.trials.values() if trial.repeat_of is not None]
-    best = sorted(range(4), key=lambda number: -state.trials[number].learning_rate)[:2]
-    assert sorted(trial.repeat_of for trial in repeats) == sorted(best * 2)
-    assert all(trial.state == "finished" and trial.step == RUNGS[-1] for trial in repeats)
-    assert all(trial.seed in (1, 2) for trial in repeats)
-    assert [row.step for row in state.history if row.number == repeats[0].number] == [RUNGS[-1]]
-    assert study_of(tmp_path).trials[repeats[0].number].state == TrialState.COMPLETE
-
-
-def test_asynchronous_halving_promotes_before_all_have_come(search: Callable[..., SearchState]) -> None:
-    state = search([(8, rate) for rate in RATES])
-    order = [(row.number, row.step) for row in state.history]
-    assert any(step > RUNGS[0] for _, step in order[: len(RATES)])
-    assert state.count("finished") >= 1
-    assert state.count("paused") == 0
-
-
-def test_a_lane_that_cannot_pack_says_so_once(search: Callable[..., SearchState]) -> None:
-    search([(8, 1e-3)] * 2, load_engine=FakeEngine.load_with_reason)
-    assert search.output.getvalue().count("lane 0 trains one trial at a time, with TRL: made up") == 1

@@ -1,0 +1,57 @@
+"""How many lanes, slots and threads a search gets, and what it pins at the start."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from raylora.config.schema import SearchConfig
+from raylora.errors import DeviceError
+from raylora.search.plan import Devices, pinned, plan_lanes, plan_slots, plan_threads
+
+
+def test_a_lane_takes_as_many_trials_as_fill_a_pass_and_one_more(
+    make_config: Callable[..., SearchConfig],
+) -> None:
+    summary = SimpleNamespace(rows=100, tokens=6400)  # 64 tokens a row, 128 a micro-batch of two
+    data = SimpleNamespace(summaries={"train": summary})
+
+    def slots(on_gpu: bool = False, n_lanes: int = 1, **search: object) -> int:
+        config = make_config(search={"n_trials": 27, **search})
+        return plan_slots(config, data, on_gpu=on_gpu, n_lanes=n_lanes)  # type: ignore[arg-type]
+
+    assert slots() == 512 // 128 + 1
+    assert slots(tokens_per_pass=1024) == 1024 // 128 + 1
+    assert slots(on_gpu=True) == 27  # 4096 / 128 = 32, but there are 27 trials
+    assert slots(on_gpu=True, n_lanes=4) == 7  # a share each
+    assert slots(on_gpu=True, n_trials=100) == 33  # whatever the CPUs of the head
+    assert slots(trials_per_gpu=1) == 1
+    assert slots(trials_per_gpu=50) == 27
+    assert slots(engine="trl") == 1
+
+
+def test_lanes_are_as_many_as_devices_and_never_more(make_config) -> None:
+    four = Devices(n_gpus=4, n_cpus=8, where="the cluster", node_cpus=8)
+    assert plan_lanes(make_config(search={"n_trials": 16}), four) == (True, 4)
+    assert plan_lanes(make_config(search={"n_trials": 2}), four) == (True, 2)  # no lane without a trial
+    assert plan_lanes(make_config(device="cpu"), four) == (False, 1)
+    assert plan_lanes(make_config(search={"lanes": 3, "n_trials": 16}), four) == (True, 3)
+    with pytest.raises(DeviceError, match=r"search\.lanes must be at most the 4 GPUs of the cluster, found 5"):
+        plan_lanes(make_config(search={"lanes": 5}), four)
+    none = Devices(n_gpus=0, n_cpus=2, where="this machine", node_cpus=2)
+    with pytest.raises(DeviceError, match="device is cuda, and this machine has no GPU"):
+        plan_lanes(make_config(device="cuda"), none)
+
+
+def test_a_lane_has_no_more_threads_than_a_node() -> None:
+    two_nodes = Devices(n_gpus=0, n_cpus=16, where="the cluster", node_cpus=8)
+    assert [plan_threads(two_nodes, n_lanes) for n_lanes in (1, 2, 4, 32)] == [8, 8, 4, 1]
+
+
+def test_hub_commits_are_pinned(make_config: Callable[..., SearchConfig]) -> None:
+    config = make_config(base_model={"name": "owner/model", "revision": "main"})
+    found = pinned(config, base_commit="abc", data_commit="def")
+    assert (found.base_model.revision, found.data.revision) == ("abc", "def")
+    # a base that does not come from the Hub has no commit
+    local = pinned(make_config(), base_commit=None, data_commit=None)
+    assert (local.base_model.revision, local.data.revision) == (None, None)
