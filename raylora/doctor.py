@@ -19,7 +19,6 @@ from raylora.run.provenance import PACKAGES
 GIB = 2**30
 """Bytes of a GiB."""
 
-
 MIN_FREE_GIB = 10
 """Least free disk space: a 7B base in NF4 (4 GiB), its merged copy and some checkpoints."""
 

@@ -19,10 +19,8 @@ from raylora.run.atomic import write_json
 SHARD_BYTES = 2 * 2**30
 """Largest shard to write, in bytes. Our choice: a merge keeps one shard in memory."""
 
-
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 """File patterns of weights and their indexes, as transformers names them."""
-
 
 _STATE = re.compile(r"(?<=\.weight)\..+")
 """Suffix that bitsandbytes appends to the name of a quantized weight: `.absmax`, `.quant_map` and the like."""

@@ -20,12 +20,11 @@ from raylora.quiet import quiet_libraries
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Typer context settings for commands that take `--section.key value`."""
 
-
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 
 def command(function: Callable[..., Any]) -> Callable[..., None]:
-    """Wraps a command function: quiet libraries, our errors as one line on standard error."""
+    """Wrap a command function: quiet libraries, and our errors as one line on standard error."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -49,14 +48,14 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
 
 
 def run_command(function: Callable[..., None], *, overrides: bool = False) -> None:
-    """What a module does that is started with `python -m`."""
+    """Run a command function as the main program of a module."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(context_settings=OVERRIDES if overrides else {})(function)
     app()
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
-    """`--section.key value` and `--section.key=value` as key -> value.
+    """Return the settings of `--section.key value` and `--section.key=value` as key -> value.
 
     Raises:
         ConfigError: an argument is of neither form.
@@ -77,10 +76,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 
 
 def split_arguments(first: Path | None, rest: list[str]) -> tuple[Path | None, dict[str, str]]:
-    """An optional first argument and the overrides after it: left out, typer takes the first override for it.
+    """Return an optional first argument and the overrides after it; typer takes an override for one that is left out.
 
     Raises:
-        ConfigError: as of `parse_overrides`.
+        ConfigError: an override is of no known form.
     """
     if first is not None and str(first).startswith("--"):
         return None, parse_overrides([str(first), *rest])
@@ -88,10 +87,10 @@ def split_arguments(first: Path | None, rest: list[str]) -> tuple[Path | None, d
 
 
 def new_folder(path: Path) -> Path:
-    """The folder that a command is to write, as an absolute path.
+    """Return the folder that a command is to write, as an absolute path.
 
     Raises:
-        ConfigError: there is something in it, which would be lost.
+        ConfigError: it is not empty.
     """
     path = path.expanduser().resolve()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
@@ -100,7 +99,7 @@ def new_folder(path: Path) -> Path:
 
 
 def console() -> Console:
-    """Standard output; wide where it is no terminal, so that lines are not broken in a log."""
+    """Return standard output as a console; it is wide if it is no terminal, so that no line is broken in a log."""
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
 
 

@@ -18,7 +18,6 @@ from raylora.errors import ConfigError
 RENAMED = {"data.layout": "data.format"}
 """Former key -> present key, for the error message."""
 
-
 _S = TypeVar("_S", bound=Section)
 
 

@@ -14,7 +14,6 @@ from raylora.errors import DataError
 Message = dict[str, str]
 """One turn of a conversation: `role` and `content`."""
 
-
 COLUMNS = {
     "text": ("text",),
     "prompt-completion": ("prompt", "completion"),
@@ -24,14 +23,11 @@ COLUMNS = {
 }
 """Dataset format -> columns that it needs."""
 
-
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Speaker in ShareGPT's `from` -> role in a chat template."""
 
-
 ALPACA_INTRO = "Below is an instruction that describes a task"
 """Opening of Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca, README)."""
-
 
 ANSWER_MARKERS = ("[/INST]", "<|im_start|>assistant\n", "<start_of_turn>model\n", "### Response:", "### Assistant:")
 """Text before an answer in `text` rows of common templates: Llama 2, ChatML, Gemma, Alpaca, Guanaco."""

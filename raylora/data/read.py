@@ -14,7 +14,6 @@ from raylora.errors import DataError
 Row = dict[str, Any]
 """One row: column -> value."""
 
-
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """File types that are read."""
 

@@ -132,7 +132,6 @@ def encode_part(
 
 _IDS = datasets.List(datasets.Value("int32"))
 
-
 _FEATURES = datasets.Features(
     {"input_ids": _IDS, "labels": _IDS, "prompt_ids": _IDS, "references": datasets.List(datasets.Value("string"))}
 )

@@ -23,14 +23,11 @@ from raylora.errors import ConfigError, MergeError
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Initialisations of peft that change the base, so that the adapter fits no other base until peft converts it."""
 
-
 ADAPTER = "default"
 """Name that peft gives to the only adapter of a model."""
 
-
 FROZEN_COPY = ".base_layer.weight"
 """Suffix of the base's embeddings, which peft saves unchanged beside a LoRA of them. Only their shape is checked."""
-
 
 MAX_NAMED = 3
 """Largest number of wrong tensors that an error names, to keep it on one line."""

@@ -27,7 +27,6 @@ from raylora.training.losses import pad
 SWEEPS, GAIN_SWEEPS = 2, 3
 """Sweeps of coordinate descent without a gain, and with one. More of them improve little (docs/merge.md)."""
 
-
 PROMPT_WEIGHT = 0.3
 """Weight of a position whose next token has no loss, against 1 for the others. Its outputs matter to attention alone.
 

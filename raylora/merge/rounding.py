@@ -14,10 +14,8 @@ from raylora.base.nf4 import levels, nearest
 BLOCK = 64
 """Input features that are rounded before one matrix product carries their errors to all others, as in GPTQ."""
 
-
 MAX_GAIN = 5.0
 """Largest gain of the update. A larger one would add more noise than it keeps of the update. Our choice."""
-
 
 DAMPING = 0.01
 """Damping of the Hessian: this share of its mean diagonal is added to the diagonal, as in GPTQ.

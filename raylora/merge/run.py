@@ -25,7 +25,6 @@ from raylora.run.state import SearchState, TrialRow
 MERGED_CANDIDATES = 5
 """Trials that are merged if the objective is the loss after the merge. Our choice: a merge takes a minute or more."""
 
-
 REPORT = "merge.json"
 """File with the result of a merge without a search, in the output folder."""
 

@@ -48,14 +48,12 @@ def round_stochastically(reader: LayerReader, name: str, *, seed: int) -> Params
 DRAWS = 3
 """Number of models that `stochastic` draws if the config names it. The best on validation rows is kept. Our choice."""
 
-
 LAYER_BY_LAYER: dict[str, list[Strategy]] = {
     "peft": [peft],
     "requantize": [requantize],
     "stochastic": [partial(round_stochastically, seed=seed) for seed in range(DRAWS)],
 }
 """Strategies that work on one layer at a time, and the draws of each. Only `stochastic` has several."""
-
 
 SaveWeight = Callable[[str, Params4bit], None]
 """Function that takes a layer's name and merged weight."""

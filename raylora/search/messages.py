@@ -85,7 +85,7 @@ News = Ready | Report | Failure | Return | Lost
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process of a lane says at once; the process waits for the answer."""
+    """News of one process of a lane, sent together; the process waits for the answer."""
 
     lane: str
     process: int

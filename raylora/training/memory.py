@@ -27,14 +27,11 @@ NF4_BITS = 4.127
 NF4_BITS_SINGLE = 4.5
 """Bits per weight in NF4 without double quantization: 4 + 32/64 (QLoRA, arXiv:2305.14314, section 3)."""
 
-
 ADAPTER_BYTES = 16
 """Bytes per trained parameter: weight, gradient and Adam's two moments, in float32."""
 
-
 CHUNK = 512
 """Positions whose logits are in memory at once. With a vocabulary of 50,000, these are 98 MiB in float32."""
-
 
 BESIDE_LINEAR = 1.6
 """All activations over those of linear layers. Norms, rotary embeddings, attention and dropout are the rest.
@@ -42,7 +39,6 @@ BESIDE_LINEAR = 1.6
 Measured, see benchmarks/memory.json. Another machine of two cores gave 1.15. The larger one stands, since too low an
 estimate ends a process.
 """
-
 
 TOKENS_PER_PASS = {"gpu": 4096, "cpu": 512}
 """Tokens of a pass at which arithmetic becomes the limit, so that more tokens do not raise the throughput."""

@@ -15,7 +15,7 @@ from raylora.search.messages import Batch, Lost, Order
 
 @dataclass
 class _Mailbox:
-    """What is under way between one lane and the controller."""
+    """News and orders under way between one lane and the controller."""
 
     process: int = 0
     """Counts the lane's processes; one that another has followed gets no orders."""
