@@ -24,8 +24,8 @@ import psutil
 from raylora.run.directory import RunDirectory
 from raylora.run.state import SearchState
 
-ON_HEAD_PER_LANE = ("ray::LaneTrial", "ray::TrainController")
-"""Processes on the driver's node of which there is one for each lane."""
+LANE = "ray::RayTrainWorker"
+"""The lane itself, on a node of its own. All other processes are counted as the head's."""
 
 MANY_LANES, SLOTS = 64, 8
 
@@ -38,8 +38,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = _measure(Path(folder), arguments.lanes, arguments.seconds)
-    per_lane = [found[name] for name in ON_HEAD_PER_LANE]
-    once = [row for name, row in found.items() if name not in ON_HEAD_PER_LANE and not name.startswith("ray::RayTrain")]
+    head = {name: row for name, row in found.items() if name != LANE}
+    # Ray Train has several helpers for each of its runs, and does not say where it places them
+    per_lane = [row for name, row in head.items() if name.startswith("ray::") and row["n"] == arguments.lanes]
+    once = [row for row in head.values() if row not in per_lane]
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "cores": os.cpu_count(),

@@ -4,6 +4,11 @@ All take one string, so that they pickle across Ray processes.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's name if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class RayloraError(Exception):
     """Root of every error that a user can mend."""
 

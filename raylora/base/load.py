@@ -5,7 +5,6 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from raylora.base.locate import (
@@ -14,11 +13,10 @@ from raylora.base.locate import (
     find_checkpoint,
     hub_errors_explained,
     load_model_config,
-    lock_file,
     source_options,
 )
 from raylora.config.schema import BaseModelSection
-from raylora.run.atomic import replacing
+from raylora.run.lock import made_once
 
 
 def compute_dtype(section: BaseModelSection, device: str) -> torch.dtype:
@@ -116,11 +114,11 @@ def _quantize_once(section: BaseModelSection, checkpoint: str, cache_dir: Path, 
     files = sorted(Path(checkpoint).glob("*")) if Path(checkpoint).is_dir() else []
     states = [state for file in files if file.is_file() for state in file_state(file)]
     directory = cache_dir / "nf4" / digest(checkpoint, commit, section.double_quant, dtype, *states)
-    with FileLock(lock_file(directory)):
-        if not directory.is_dir():
-            model = load_plain(
-                checkpoint, device, dtype, quantization_config=nf4_config(section, dtype), **source_options(section)
-            )
-            with replacing(directory) as temporary:
-                model.save_pretrained(temporary)
-    return directory
+
+    def quantize(temporary: Path) -> None:
+        quantization = nf4_config(section, dtype)
+        load_plain(
+            checkpoint, device, dtype, quantization_config=quantization, **source_options(section)
+        ).save_pretrained(temporary)
+
+    return made_once(directory, quantize)

@@ -4,18 +4,18 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from filelock import FileLock
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from raylora.config.schema import BaseModelSection
-from raylora.errors import BaseModelError
-from raylora.run.atomic import replacing
+from raylora.errors import BaseModelError, first_line
+from raylora.run.lock import made_once
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 """File patterns of weights, as transformers names them."""
@@ -103,28 +103,22 @@ def _convert_gguf_once(path: Path, cache_dir: Path) -> Path:
     """Return the cached bfloat16 copy of a GGUF file. Convert the file first if the copy is missing."""
     if not path.is_file():
         raise BaseModelError(f"base model not found: {path}")
-    directory = cache_dir / "gguf" / digest(*file_state(path))
-    with FileLock(lock_file(directory)):
-        if not directory.is_dir():
-            try:
-                gguf.GGUFReader(path)
-            except Exception as error:  # the reader passes on whatever numpy raises for a broken file
-                raise BaseModelError(f"{path} is not a readable GGUF file: {error}") from error
-            with contextlib.redirect_stderr(io.StringIO()):  # the loader's progress bar has no switch
-                model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            # transformers keeps the GGUF quantizer on the dequantized model, and save_pretrained would call it
-            del model.hf_quantizer, model.quantization_method, model.config.quantization_config
-            model.is_quantized = False
-            with replacing(directory) as temporary:
-                model.to(torch.bfloat16).save_pretrained(temporary)
-                AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(temporary)
-    return directory
+    return made_once(cache_dir / "gguf" / digest(*file_state(path)), partial(_convert_gguf, path))
 
 
-def lock_file(directory: Path) -> str:
-    """Return the path of the lock that guards a cache directory. Make the parent directory."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    return f"{directory}.lock"
+def _convert_gguf(path: Path, directory: Path) -> None:
+    """Write a GGUF file as a bfloat16 model directory of transformers."""
+    try:
+        gguf.GGUFReader(path)
+    except Exception as error:  # the reader passes on whatever numpy raises for a broken file
+        raise BaseModelError(f"{path} is not a readable GGUF file: {error}") from error
+    with contextlib.redirect_stderr(io.StringIO()):  # the loader's progress bar has no switch
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # transformers keeps the GGUF quantizer on the dequantized model, and save_pretrained would call it
+    del model.hf_quantizer, model.quantization_method, model.config.quantization_config
+    model.is_quantized = False
+    model.to(torch.bfloat16).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(directory)
 
 
 def file_state(path: Path) -> tuple[str, int, int]:
@@ -165,4 +159,4 @@ def hub_errors_explained(section: BaseModelSection) -> Iterator[None]:
                 f"{section.name} is not in the local Hub cache and the Hub cannot be reached; "
                 "check the network, or give a local directory or GGUF file"
             ) from error
-        raise BaseModelError(f"{section.name} cannot be loaded: {text.splitlines()[0]}") from error
+        raise BaseModelError(f"{section.name} cannot be loaded: {first_line(error)}") from error

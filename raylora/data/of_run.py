@@ -4,7 +4,7 @@ from pathlib import Path
 
 from raylora.base.locate import find_checkpoint, load_tokenizer
 from raylora.config.schema import SearchConfig
-from raylora.data.prepare import SUMMARY, prepare_data
+from raylora.data.prepare import prepare_data
 from raylora.run.directory import RunDirectory, check_same_data
 
 
@@ -17,7 +17,7 @@ def tokens_of_run(run: RunDirectory, config: SearchConfig) -> Path:
     """
     cache_dir = run.cache(config)
     tokens_dir = cache_dir / "tokens" / run.provenance()["data_fingerprint"]
-    if not (tokens_dir / SUMMARY).is_file():
+    if not tokens_dir.is_dir():
         tokenizer = load_tokenizer(config.base_model, find_checkpoint(config.base_model, cache_dir))
         check_same_data(run, prepare_data(config.data, tokenizer, cache_dir).fingerprint)
     return tokens_dir

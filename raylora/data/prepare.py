@@ -4,9 +4,9 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from raylora.config.schema import DataSection
@@ -14,13 +14,14 @@ from raylora.data.chat import set_chat_template
 from raylora.data.split import PARTS, Parts, read_parts
 from raylora.data.tokenize import PartSummary, encode_part
 from raylora.errors import DataError
-from raylora.run.atomic import read_json, replacing, write_json
+from raylora.run.atomic import read_json, write_json
+from raylora.run.lock import made_once
 
 CACHE_VERSION = 1
 """Version of the token cache. Raise it when the form of the cache changes."""
 
 SUMMARY = "summary.json"
-"""File that is written last: a token cache without it is not whole."""
+"""File that sums a token cache up."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,7 @@ def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_di
     set_chat_template(parts.train[0], data, tokenizer)
     fingerprint = _fingerprint(parts, data, tokenizer)
     tokens_dir = cache_dir / "tokens" / fingerprint
-    tokens_dir.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{tokens_dir}.lock"):  # another search may be making the same cache
-        if not (tokens_dir / SUMMARY).is_file():
-            with replacing(tokens_dir) as temporary:
-                _encode_parts(parts, data, tokenizer, temporary)
-    return load_prepared(tokens_dir)
+    return load_prepared(made_once(tokens_dir, partial(_encode_parts, parts, data, tokenizer)))
 
 
 def load_prepared(tokens_dir: Path) -> PreparedData:

@@ -9,7 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from huggingface_hub import HfApi
 
-from raylora.errors import DataError
+from raylora.errors import DataError, first_line
 
 Row = dict[str, Any]
 """One row: column -> value."""
@@ -117,9 +117,8 @@ def _read_hub(name: str, subset: str | None, split: str, revision: str | None) -
     try:
         return datasets.load_dataset(name, subset, split=split, revision=revision).to_list()
     except (OSError, ValueError) as error:  # huggingface_hub's and datasets' errors derive from these
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = name if revision is None else f"{name} at revision {revision}"
         raise DataError(
-            f"{what} is neither a file here nor a Hub data set that can be loaded: {reason}; "
+            f"{what} is neither a file here nor a Hub data set that can be loaded: {first_line(error)}; "
             "check the name, the network, and `hf auth login` for a gated one"
         ) from error

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from raylora.errors import MergeError
+from raylora.errors import MergeError, first_line
 
 
 def push(directory: Path, repository: str, private: bool) -> None:
@@ -24,5 +24,6 @@ def push(directory: Path, repository: str, private: bool) -> None:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=directory)
     except Exception as error:  # huggingface_hub passes on errors of its HTTP library
-        first = str(error).strip().splitlines()[0]
-        raise MergeError(f"{repository} could not be uploaded to the Hub: {first}; `hf auth login` first") from error
+        raise MergeError(
+            f"{repository} could not be uploaded to the Hub: {first_line(error)}; `hf auth login` first"
+        ) from error

@@ -15,8 +15,8 @@ import typer
 
 from raylora.cli.command import command, console, new_folder, run_command, split_arguments
 from raylora.errors import ConfigError
-from raylora.report.merge_tables import show_merge
 from raylora.merge.gate import check_tolerance
+from raylora.report.merge_tables import show_merge
 from raylora.run.directory import existing_run
 from raylora.run.lock import locked
 

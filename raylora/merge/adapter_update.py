@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from raylora.base.locate import is_hub_id
-from raylora.errors import ConfigError, MergeError
+from raylora.errors import ConfigError, MergeError, first_line
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Initialisations of peft that change the base, so that the adapter fits no other base until peft converts it."""
@@ -47,8 +47,9 @@ def find_adapter(name: str) -> Path:
         try:
             directory = Path(snapshot_download(name, allow_patterns="adapter_*"))
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{name} is neither a directory nor an adapter on the Hub: {first}") from error
+            raise ConfigError(
+                f"{name} is neither a directory nor an adapter on the Hub: {first_line(error)}"
+            ) from error
     if not (directory / CONFIG_NAME).is_file():
         raise ConfigError(f"{name} is no adapter of peft: it holds no {CONFIG_NAME}")
     return directory

@@ -14,7 +14,7 @@ from raylora.config.load import build_merge_config, change_config
 from raylora.config.schema import BaseModelSection
 from raylora.data.of_run import tokens_of_run
 from raylora.data.prepare import prepare_data
-from raylora.errors import DeviceError, MergeError, RunDirectoryError
+from raylora.errors import DeviceError, RunDirectoryError
 from raylora.merge.adapter_update import find_adapter
 from raylora.merge.job import MergeJob
 from raylora.merge.select import merge_adapter

@@ -44,12 +44,16 @@ def sync(path: Path) -> None:
     _sync_one(path)
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, name: str = "") -> None:
     """Remove what killed processes left in a folder under temporary names; nobody else may be writing there.
 
     A folder whose replacement was cut between its two renames gets the new version, which is whole by then.
+
+    Args:
+        folder: where to look.
+        name: only what was to become a file or folder whose name begins so.
     """
-    for left in folder.glob(f"{PREFIX}*"):
+    for left in folder.glob(f"{PREFIX}{name}*"):
         if (left / OLD).exists():
             for new in (path for path in left.iterdir() if path.name != OLD and not (folder / path.name).exists()):
                 os.replace(new, folder / new.name)

@@ -1,15 +1,15 @@
-"""Keeps a second writer out of a run directory."""
+"""Keeps a second writer out of a run directory, and out of a cached folder while it is made."""
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from raylora.errors import RunDirectoryError
-from raylora.run.atomic import read_json, remove_leftovers, write_json
+from raylora.run.atomic import read_json, remove_leftovers, replacing, write_json
 
 LOCK, OWNER = ".lock", ".owner.json"
 
@@ -33,6 +33,22 @@ def locked(folder: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise RunDirectoryError(f"{folder} is in use by {_owner(folder)}; wait for it, or end it first") from error
+
+
+def made_once(directory: Path, make: Callable[[Path], None]) -> Path:
+    """Return a cached folder, and make it first if it is missing; processes that want the same one wait.
+
+    Args:
+        directory: the folder.
+        make: writes it under the temporary name that it is given.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if not directory.is_dir():
+            remove_leftovers(directory.parent, directory.name)
+            with replacing(directory) as temporary:
+                make(temporary)
+    return directory
 
 
 def _owner(folder: Path) -> str:

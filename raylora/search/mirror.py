@@ -10,12 +10,13 @@ import optuna
 from optuna.trial import TrialState
 
 from raylora.config.space import SearchSpace
+from raylora.errors import first_line
 from raylora.run.events import Event, Failed, Finished, Proposed, Reported, Stopped
 from raylora.search.sampler import FAILED, distributions
 
 STUDY = "raylora"
 
-SECONDS_TO_CATCH_UP = 60.0
+SECONDS_TO_CATCH_UP = 30.0
 """How long the end of a search waits for its mirror; SQLite takes some 10 ms an event."""
 
 
@@ -54,8 +55,9 @@ class StudyMirror:
             while (event := self._events.get()) is not None:
                 self._mirror(study, event)
         except Exception as error:  # SQLite, SQLAlchemy and Optuna each raise their own; none may end the search
-            first_line = next(iter(str(error).splitlines()), "no message")
-            self._note(f"study.db is not kept any more ({type(error).__name__}: {first_line}); the search goes on")
+            self._note(
+                f"study.db is not kept any more ({type(error).__name__}: {first_line(error)}); the search goes on"
+            )
 
     def _open(self) -> optuna.Study:
         self._file.unlink(missing_ok=True)

@@ -31,9 +31,9 @@ from raylora.merge import adapter_update as updates
 from raylora.merge import calibrate
 from raylora.merge import select as merging
 from raylora.merge.evaluator import MergeEvaluator
+from raylora.merge.gate import check_tolerance
 from raylora.merge.job import MergeJob
 from raylora.merge.rounding import CalibrationInputs
-from raylora.merge.gate import check_tolerance
 from raylora.merge.run import merge_run, save_best_adapter
 from raylora.merge.select import merge_adapter, open_reader
 from raylora.report.merge_tables import merge_rows, verdict

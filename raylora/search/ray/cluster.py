@@ -17,7 +17,8 @@ from raylora.search.plan import Devices
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 LOCAL_ENVIRONMENT = {"RAY_worker_niceness": "0"}
-"""Environment of a local Ray instance's processes. Ray's own niceness of 15 starves lanes beside any other program."""
+"""Environment of a local Ray instance's processes, unless the user has set another. At Ray's own niceness of 15, lanes
+starve beside any other program (benchmarks/priority.json)."""
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 
 from raylora.config.assignment import Assignment
 from raylora.config.schema import SearchConfig
-from raylora.errors import RunDirectoryError
+from raylora.errors import RunDirectoryError, first_line
 from raylora.quiet import quiet_libraries
 from raylora.run.atomic import write_text
 from raylora.run.directory import RunDirectory
@@ -35,6 +35,10 @@ MAX_RESTARTS = 20
 """How often Ray Train brings a lane's process back before the lane counts as lost."""
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+SPIN_COUNT = "2000"
+"""Rounds for which libgomp's threads spin on a CPU lane. By default they spin 300,000 rounds, in which they take cores
+from each other as soon as another program runs (benchmarks/priority.json)."""
 
 
 class Engine(Protocol):
@@ -105,8 +109,14 @@ def lane_trainer(settings: LaneSettings) -> TorchTrainer:
             name=f"lane-{settings.name}-{time.time_ns()}",
             storage_path=str(settings.run_path / "logs" / "train"),
             failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+            worker_runtime_env={} if settings.on_gpu else {"env_vars": _openmp()},
         ),
     )
+
+
+def _openmp() -> dict[str, str]:
+    """Return the environment of a CPU lane; a value that the user has set is kept."""
+    return {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT)}
 
 
 def run_lane(train_loop_config: dict[str, Any]) -> None:
@@ -323,8 +333,8 @@ def what_failed(start: Start, error: Exception, run: RunDirectory, *, alone: boo
 def describe_failure(error: Exception) -> str:
     """Return one line that a table can hold."""
     if isinstance(error, OUT_OF_MEMORY):
-        return f"out of memory: {_first_line(error)}"
-    return f"{type(error).__name__}: {_first_line(error)}"
+        return f"out of memory: {first_line(error)[:300]}"
+    return f"{type(error).__name__}: {first_line(error)[:300]}"
 
 
 def relative_to(run: RunDirectory, metrics: RungMetrics) -> RungMetrics:
@@ -340,10 +350,6 @@ def relative_path(run: RunDirectory, checkpoint: str | None) -> str | None:
 def absolute(run: RunDirectory, checkpoint: str | None) -> str | None:
     """Return a checkpoint's path on this machine."""
     return None if checkpoint is None else str(run.path / checkpoint)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]
 
 
 def _slots(engine: Engine | PackedEngine) -> int:

@@ -1,6 +1,7 @@
 """Trials that train together learn what each would learn alone, and what TRL and peft would teach it."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,6 +196,65 @@ def test_a_step_without_memory_changes_nothing_and_the_younger_half_leaves(
     (report,) = engine.step().values()
     assert isinstance(report, RungMetrics)
     assert report.eval_loss == pytest.approx(whole[1].eval_loss, rel=1e-5)  # float32, in packs of other shapes
+
+
+def test_two_shrinks_between_rungs_leave_the_reported_checkpoint_and_lose_no_second(
+    trl: TrlEngine, tmp_path: Path
+) -> None:
+    engine, one = packed(trl), assignment(lora_dropout=0.1)
+    engine.add(0, one, rungs=[2, 9], directory=tmp_path / "0")
+    engine.step()
+    (report,) = engine.step().values()
+    assert isinstance(report, RungMetrics)
+    trained = 0.0
+    for _ in range(2):  # leaves the pack at steps 3 and 4 for want of memory
+        engine.step()
+        trial = engine.remove(0)
+        trained = trial.seconds["train"]
+        checkpoint = trial.save()
+        engine.add(0, one, rungs=[2, 9], directory=tmp_path / "0", resume_from=str(checkpoint))
+    assert sorted(path.name for path in (tmp_path / "0").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert Path(report.checkpoint).is_dir()  # which table and log name
+    assert engine.trials[0].seconds["train"] == trained > 0  # of two steps, in two stays
+    while 0 in engine.trials:
+        for last in engine.step().values():
+            assert isinstance(last, RungMetrics)
+            engine.remove(0)
+    whole = run(packed(trl), {0: one}, tmp_path / "whole", rungs=[2, 9])[0]
+    assert last.train_loss == pytest.approx(whole[1].train_loss, rel=1e-6)  # over all seven steps; float32
+    assert last.train_seconds > trained
+
+
+def test_a_trial_saved_at_a_rung_that_it_has_not_reported_reports_first(trl: TrlEngine, tmp_path: Path) -> None:
+    engine, one = packed(trl), assignment(lora_dropout=0.1)
+    engine.add(0, one, rungs=[1, 3], directory=tmp_path / "0")
+    engine._train()  # memory ran short before it could be validated
+    checkpoint = engine.remove(0).save()
+    engine.add(0, one, rungs=[1, 3], directory=tmp_path / "0", resume_from=str(checkpoint))
+    (report,) = engine.step().values()
+    assert isinstance(report, RungMetrics)
+    assert report.step == 1
+    assert engine.step() == {}
+
+
+def test_a_checkpoint_of_padded_ranks_goes_on_without_padding(trl: TrlEngine, tmp_path: Path) -> None:
+    # on a GPU, ranks are padded to a multiple of 8; on a CPU they are not
+    one = assignment(r=3, lora_dropout=0.2)
+    gpu_like = packed(trl)
+    gpu_like._adapter_options["rank_multiple"] = 8
+    gpu_like.add(0, one, rungs=STEPS, directory=tmp_path / "0")
+    for _ in range(5):
+        gpu_like.step()
+    gpu_like.remove(0)
+    found = []
+    for padding in (1, 8):
+        engine = packed(trl)
+        engine._adapter_options["rank_multiple"] = padding
+        folder = shutil.copytree(tmp_path / "0", tmp_path / str(padding))
+        engine.add(0, one, rungs=STEPS, directory=folder, resume_from=str(folder / "checkpoint-5"))
+        found.append([losses(list(engine.step().values()))[0] for _ in range(3)])
+        engine.remove(0)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)  # float32, in products of other shapes
 
 
 def test_a_diverged_trial_is_said_to_have_diverged(trl: TrlEngine, tmp_path: Path) -> None:
