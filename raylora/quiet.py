@@ -29,6 +29,23 @@ LOG_LEVELS = {
 }
 """Logger name -> lowest level that is shown."""
 
+WARNINGS = (
+    # adapters have no base's name while they train, as peft would ask the Hub for it at each checkpoint
+    "The PEFT config's `base_model_name_or_path` was renamed",
+    # peft says that it has mended it
+    "fan_in_fan_out is set to",
+    # the merge reads an adapter onto a base without weights on purpose
+    ".*copying from a non-meta parameter",
+    # the merge unties embeddings and output head where an adapter changes one of them
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+    # transformers announces changes for its version 6, which pyproject.toml excludes
+    ".*will be removed in v6",
+    # multivariate TPE with groups, and constraints
+    ".*is an? experimental feature",
+    ".*is experimental \\(supported from",
+)
+"""Beginnings of warnings that are known and change nothing, as regular expressions; others are shown."""
+
 
 def quiet_libraries() -> None:
     """Set switches, log levels and warning filters; called at the start of a command or worker."""
@@ -36,4 +53,5 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     for name, level in LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
-    warnings.filterwarnings("ignore")
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)

@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             os.replace(path, folder / OLD)  # no folder can be renamed onto one that holds files
         os.replace(temporary, path)
-        _sync_one(path.parent)
+        sync_one(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -41,7 +41,7 @@ def sync(path: Path) -> None:
     if path.is_dir():
         for inside in path.iterdir():
             sync(inside)
-    _sync_one(path)
+    sync_one(path)
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
@@ -76,7 +76,8 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _sync_one(path: Path) -> None:
+def sync_one(path: Path) -> None:
+    """Write one file, or the names in one folder, through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

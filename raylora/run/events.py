@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raylora.errors import RunDirectoryError
+from raylora.run.atomic import sync_one
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class EventLog:
         whole = path.read_bytes().rfind(b"\n") + 1
         if whole < self._file.tell():
             self._file.truncate(whole)
-        _sync_folder(path.parent)
+        sync_one(path.parent)
 
     def append(self, event: Event) -> Event:
         """Return the event with its time; it is on disk after the next `flush`."""
@@ -233,11 +234,3 @@ def read_events(path: Path) -> Iterator[Event]:
                 yield _KINDS[values.pop("event")](**values)
             except (ValueError, KeyError, TypeError) as error:
                 raise RunDirectoryError(f"{path}:{number}: not an event of this version of raylora: {error}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,9 +21,10 @@ from raylora.run.directory import RunDirectory
 from raylora.run.state import SearchState
 from raylora.search.controller import SearchController
 from raylora.search.ray.broker import Broker
-from raylora.search.ray.lane import LaneSettings, describe_failure, lane_trainer
+from raylora.search.ray.lane import LaneSettings, lane_trainer
 from raylora.search.ray.searcher import LaneSearcher
 from raylora.search.ray.tune_trial import LaneTrial
+from raylora.search.serve import describe_failure
 from raylora.search.views import Views
 
 PATIENCE_SECONDS = 120

@@ -1,4 +1,4 @@
-"""How a lane serves its pack, without Ray: joins, answers, failures, and packs too large for the memory."""
+"""How a lane obeys its orders, without Ray: joins, answers, failures, and packs too large for the memory."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import torch
 from raylora.config.schema import SearchConfig
 from raylora.run.directory import RunDirectory
 from raylora.search.messages import Failure, Leave, News, Order, Ready, Report, Return, Start
-from raylora.search.ray.lane import serve_one, serve_pack
+from raylora.search.serve import serve_one, serve_pack
 from raylora.training.packed.engine import PackedEngine
 from raylora.training.trl import TrlEngine
 from tests.fake_engine import FakeEngine
