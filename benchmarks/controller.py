@@ -1,6 +1,6 @@
 """Times the controller of a search without Ray and without training: does an event cost more as trials add up?
 
-Run as `python benchmarks/controller.py OUTPUT.json [--trials 1000 10000]`.
+Run as `python benchmarks/controller.py OUTPUT.json [--trials 1000 10000] [--samplers random tpe]`.
 
 64 lanes of 8 slots whose trials report made-up losses at once. Everything else is the real thing: event log written
 through to this disk, state, halving, Optuna's sampler, tables and study mirror.
@@ -158,9 +158,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--samplers", nargs="+", default=["random", "tpe"])
     arguments = parser.parse_args()
     rows = []
-    for sampler in ("random", "tpe"):
+    for sampler in arguments.samplers:
         for n_trials in arguments.trials:
             with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
                 rows.append(search(n_trials, sampler, Path(folder)))

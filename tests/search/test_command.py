@@ -23,6 +23,7 @@ from raylora.config.load import dump_config
 from raylora.config.schema import SearchConfig
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
+from raylora.run.events import read_events
 from raylora.run.lock import locked
 from raylora.run.state import SearchState
 
@@ -124,23 +125,14 @@ def test_one_command_goes_from_rows_to_a_checked_merged_model(
         assert part in card
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
-def test_an_ended_search_is_resumed(how: signal.Signals, space_file: Path, tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run")
-    # steps enough that it can be caught in the middle
-    many = (
-        "--search.n_trials",
-        8,
-        "--search.scheduler",
-        "none",
-        "--search.trials_per_gpu",
-        2,
-        "--training.max_steps",
-        200,
-    )
-    arguments = (space_file, "--output", run.path, *many)
-    process = command(*arguments)
+# steps enough that a search can be caught in the middle
+MANY_STEPS = ("--search.n_trials", 8, "--search.scheduler", "none", "--training.max_steps", 200)
+MANY_STEPS += ("--search.trials_per_gpu", 2)
+
+
+def end(how: signal.Signals, space_file: Path, run: RunDirectory) -> tuple[int, str]:
+    """Start a search, and end it when two of its eight trials have finished."""
+    process = command(space_file, "--output", run.path, *MANY_STEPS)
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:
         if SearchState.load(run).count("finished") >= 2:
@@ -148,23 +140,36 @@ def test_an_ended_search_is_resumed(how: signal.Signals, space_file: Path, tmp_p
         time.sleep(0.1)
     process.send_signal(how)
     code, output = finish(process, timeout=60)
-    before = SearchState.load(run)
-    assert 2 <= before.count("finished") < 8, output
-    if how == signal.SIGINT:
-        assert code == 130, output
-        assert f"--output {run.path} --resume" in output
-        assert "Traceback" not in output
-    refused, message = finish(command(*arguments))
+    assert 2 <= SearchState.load(run).count("finished") < 8, output
+    return code, output
+
+
+@pytest.mark.ray
+def test_an_interrupted_search_says_how_to_go_on(space_file: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    code, output = end(signal.SIGINT, space_file, run)
+    assert code == 130, output
+    assert f"--output {run.path} --resume" in output
+    assert "Traceback" not in output
+    assert [type(event).__name__ for event in read_events(run.events_file)][-1] == "Interrupted"
+    refused, message = finish(command(space_file, "--output", run.path, *MANY_STEPS))
     assert refused == 2
     assert "is not empty; `--resume` goes on with it" in message.replace("\n", " ")
-    code, output = finish(command(*arguments, "--resume"))
+
+
+@pytest.mark.ray
+def test_a_killed_search_is_resumed_though_it_was_moved_and_its_cache_is_gone(space_file: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    end(signal.SIGKILL, space_file, run)
+    before = SearchState.load(run)
+    moved = RunDirectory(run.path.rename(tmp_path / "elsewhere"))
+    shutil.rmtree(tmp_path / "cache")
+    code, output = finish(command(space_file, "--output", moved.path, *MANY_STEPS, "--resume"))
     assert code == 0, output
-    after = SearchState.load(run)
-    assert len(after.trials) == 8
-    assert after.count("finished") == 8
-    for number, trial in before.trials.items():
-        if trial.state == "finished":
-            assert after.trials[number] == trial
+    after = SearchState.load(moved)
+    assert len(after.trials) == after.count("finished") == 8
+    for number in before.numbers("finished"):
+        assert after.trials[number] == before.trials[number]
 
 
 @pytest.mark.ray
@@ -176,13 +181,7 @@ def test_the_same_seed_gives_the_same_search_to_the_last_digit(space_file: Path,
         measured = ("seconds", "_at", "peak_memory_mib", "tokens_per_second")
         return [{key: row[key] for key in row if not key.endswith(measured)} for row in trials]
 
-    assert search("one", 9) == search("other", 9)
-    # a moved run directory without its cache is resumed, and trains on the same rows
-    (tmp_path / "other").rename(tmp_path / "elsewhere")
-    shutil.rmtree(tmp_path / "cache")
-    resumed = search("elsewhere", 12, "--resume")
-    assert len(resumed) == 12
-    assert "failed" not in {row["state"] for row in resumed}
+    assert search("one") == search("other")
 
 
 def test_a_second_search_on_one_run_directory_is_refused(space_file: Path, tmp_path: Path) -> None:

@@ -355,7 +355,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS, scheduler=st.sampled_from(["asha", "halving"]), n_lanes=st.integers(1, 3))
 def test_whatever_happens_no_trial_is_lost_doubled_or_trained_for_ever(
     actions: list[tuple[str, int]],
