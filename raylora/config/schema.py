@@ -176,7 +176,7 @@ class SearchSection(Section):
 
     finalists: PositiveInt = 3
     """Least number of trials promoted to the full budget. A larger one guards against a misleading last rung
-    (docs/packed.md)."""
+    (docs/search.md)."""
 
     objective: Literal["eval_loss", "merged_eval_loss"] = "eval_loss"
     """Figure that chooses the best finished trial: validation loss, or that after the merge among the five lowest."""
