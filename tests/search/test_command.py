@@ -174,8 +174,8 @@ def test_a_killed_search_is_resumed_though_it_was_moved_and_its_cache_is_gone(sp
 
 @pytest.mark.ray
 def test_the_same_seed_gives_the_same_search_to_the_last_digit(space_file: Path, tmp_path: Path) -> None:
-    def search(name: str, n_trials: int, *options: str) -> list[dict]:
-        code, output = finish(command(space_file, "--output", tmp_path / name, "--search.n_trials", n_trials, *options))
+    def search(name: str) -> list[dict]:
+        code, output = finish(command(space_file, "--output", tmp_path / name, "--search.n_trials", 9))
         assert code == 0, output
         trials = pyarrow.parquet.read_table(RunDirectory(tmp_path / name).trials_file).to_pylist()
         measured = ("seconds", "_at", "peak_memory_mib", "tokens_per_second")
