@@ -140,7 +140,7 @@ class Examiner(MergeEvaluator):
         self._adapters: Answers | None = None
 
     def measure(self, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-        """As of `MergeEvaluator`, and scores."""
+        """Measure a model as `MergeEvaluator` does, and score its answers."""
         section, tokenizer = self._bench.config.evaluation, self._bench.tokenizer
         answers = generate(
             model,

@@ -23,7 +23,7 @@ from raylora.run.provenance import write_provenance
 from raylora.search.controller import SearchController
 from raylora.search.plan import Plan, make_plan
 from raylora.search.ray.cluster import call_on_device, cluster_devices, connected, local_devices, local_ray
-from raylora.search.ray.lane import plan_settings
+from raylora.search.ray.lane import lane_settings
 from raylora.search.ray.run import run_search, start_broker
 from raylora.search.views import Views
 
@@ -71,7 +71,7 @@ def _search(run: RunDirectory, plan: Plan, screen: Console) -> None:
             views = Views(run, plan.config, controller.state, events, progress.note)
             controller.listen(progress.show)
             controller.listen(views.add)
-            run_search(run, plan_settings(run, plan, broker), broker, controller, views, progress.note)
+            run_search(run, lane_settings(run, plan, broker), broker, controller, views, progress.note)
             screen.print(progress.summary())
     except KeyboardInterrupt:
         screen.print(f"interrupted; everything is kept. Go on with: --output {run.path} --resume")

@@ -1,6 +1,7 @@
 """Reads a JSONL, JSON, CSV or Parquet file, or a Hub data set, into plain rows."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ Row = dict[str, Any]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """File types that are read."""
+
+COMMIT = re.compile("[0-9a-f]{40}")
+"""Name of a commit, which no longer has to be looked up."""
 
 
 def read_rows(
@@ -51,7 +55,7 @@ def is_hub_source(source: str) -> bool:
 
 
 def hub_commit(source: str, revision: str | None) -> str | None:
-    """Return the commit of a Hub data set; None for a file, or if the Hub cannot be asked.
+    """Return the commit of a Hub data set; None for a file, and `revision` as it is if the Hub cannot be asked.
 
     Args:
         source: path of a file, or a Hub data set id.
@@ -59,9 +63,11 @@ def hub_commit(source: str, revision: str | None) -> str | None:
     """
     if not is_hub_source(source):
         return None
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision  # pinned at the start of a search that is resumed
     try:
         return HfApi().dataset_info(source, revision=revision).sha
-    except (OSError, ValueError):  # the Hub's errors derive from these; the rows may be in its cache all the same
+    except Exception:  # huggingface_hub passes on errors of its HTTP library; the rows may be in its cache all the same
         return revision
 
 

@@ -205,14 +205,10 @@ class SearchState:
 
         Where assignments were repeated with other seeds, choose the assignment of lowest mean, and its best run.
         """
-        finished = self.finished()
-        if not self._repetitions:
-            return finished[0] if finished else None
-        means = {row["number"]: row["eval_loss_mean"] for row in self.repetitions()}
-        if not means:
-            return finished[0] if finished else None
-        chosen = min(means, key=lambda number: means[number])
-        return min(self.runs_of(chosen), key=lambda row: row.final_loss)
+        repetitions = self.repetitions()
+        if repetitions:
+            return min(self.runs_of(repetitions[0]["number"]), key=lambda row: row.final_loss)
+        return next(iter(self.finished()), None)
 
     def leaders(self, n: int) -> list[TrialRow]:
         """Return the n assignments that came furthest, and there had the lowest validation loss."""

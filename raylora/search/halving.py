@@ -25,7 +25,7 @@ class _Rung:
     """(loss, number) of all of them, lowest first."""
 
     waiting: list[tuple[float, int]] = field(default_factory=list)
-    """Those of finite loss that were neither promoted nor withdrawn, lowest first."""
+    """(loss, number) of the trials of finite loss that were neither promoted nor withdrawn, lowest first."""
 
     failed: int = 0
 
@@ -42,10 +42,15 @@ class _Rung:
         else:
             self.failed += 1
 
-    def leave(self, number: int) -> None:
+    def place(self, number: int) -> int | None:
+        """Return the index in `waiting` of a trial that has reached the rung; None if it does not wait."""
         entry = (self.losses[number], number)
         index = bisect_left(self.waiting, entry)
-        if self.waiting[index : index + 1] == [entry]:
+        return index if self.waiting[index : index + 1] == [entry] else None
+
+    def leave(self, number: int) -> None:
+        index = self.place(number)
+        if index is not None:
             del self.waiting[index]
 
 
@@ -107,9 +112,10 @@ class Halving:
                 if rung.waiting and self._may_go_on(index, rung.waiting[0]):
                     return rung.waiting[0][1], index + 1
             elif number in rung.losses:
-                entry = (rung.losses[number], number)
-                is_waiting = rung.waiting[bisect_left(rung.waiting, entry) :][:1] == [entry]
-                return (number, index + 1) if is_waiting and self._may_go_on(index, entry) else None
+                place = rung.place(number)
+                return (
+                    (number, index + 1) if place is not None and self._may_go_on(index, rung.waiting[place]) else None
+                )
         return None
 
     def out(self) -> list[int]:
@@ -137,7 +143,7 @@ class Halving:
         return self._finalists if index == len(self._rungs) - 2 else 1
 
     def _complete(self, index: int) -> bool:
-        """True if no further trial can come to this rung."""
+        """Return True if no further trial can come to this rung."""
         if self._rungs[index].in_flight:
             return False
         if index == 0:

@@ -17,7 +17,7 @@ from raylora.search.sampler import FAILED, distributions
 STUDY = "raylora"
 
 SECONDS_TO_CATCH_UP = 30.0
-"""How long the end of a search waits for its mirror; SQLite takes some 10 ms an event."""
+"""Longest wait of a search for its mirror at the end; SQLite takes some 10 ms an event."""
 
 
 class StudyMirror:

@@ -61,6 +61,12 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
     cache_dir = run.cache(config)
     checkpoint = find_checkpoint(config.base_model, cache_dir)
     model_config = load_model_config(config.base_model, checkpoint)
+    # before the rows are read, so that these are the rows of that commit
+    config = pinned(
+        config,
+        base_commit=getattr(model_config, "_commit_hash", None),
+        data_commit=hub_commit(config.data.train, config.data.revision),
+    )
     shapes = linear_shapes(model_config, trust_remote_code=config.base_model.trust_remote_code)
     targets = [resolve_target_modules(target, list(shapes)) for target in _possible(config, "target_modules")]
     tokenizer = load_tokenizer(config.base_model, checkpoint)
@@ -79,11 +85,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         gradient_checkpointing=config.training.gradient_checkpointing,
     )
     return Plan(
-        config=pinned(
-            config,
-            base_commit=getattr(model_config, "_commit_hash", None),
-            data_commit=hub_commit(config.data.train, config.data.revision),
-        ),
+        config=config,
         data=data,
         # a resumed search keeps its rungs, whatever its number of trials is now
         rungs=run.provenance()["rungs"] if run.provenance_file.is_file() else config.rungs(max_steps(config, data)),

@@ -13,7 +13,7 @@ from raylora.config.schema import DataSection
 from raylora.data.chat import CHATML
 from raylora.data.formats import to_examples
 from raylora.data.prepare import prepare_data
-from raylora.data.read import read_rows
+from raylora.data.read import HfApi, hub_commit, read_rows
 from raylora.data.rows import load_part
 from raylora.data.split import read_parts
 from raylora.errors import DataError
@@ -188,3 +188,21 @@ def test_real_data_sets_are_read_as_they_are(name: str, tmp_path: Path) -> None:
     parts = read_parts(data)
     assert len(parts.heldout) == len((folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines())
     assert parts.n_overlapping == 0
+
+
+def test_a_hub_that_cannot_be_asked_leaves_the_revision_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoNetworkError(Exception):
+        """An error of the HTTP library, which is neither an OSError nor a ValueError."""
+
+    def unreachable(self: HfApi, source: str, revision: str | None = None) -> None:
+        raise NoNetworkError
+
+    monkeypatch.setattr(HfApi, "dataset_info", unreachable)
+    assert hub_commit("owner/rows", None) is None  # rows in the Hub's cache can still be read
+    assert hub_commit("owner/rows", "main") == "main"
+
+
+def test_a_commit_is_not_looked_up_again_and_a_file_has_none(monkeypatch: pytest.MonkeyPatch, rows_file: Path) -> None:
+    monkeypatch.delattr(HfApi, "dataset_info")
+    assert hub_commit("owner/rows", "0123456789abcdef" * 2 + "01234567") == "0123456789abcdef" * 2 + "01234567"
+    assert hub_commit(str(rows_file), None) is None

@@ -1,4 +1,4 @@
-"""What is exported is whole: a GGUF by llama.cpp's own converter, or an error that says what is missing."""
+"""Exports are whole: a GGUF by llama.cpp's own converter, or an error that says what is missing."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a user sees while a search goes on: a line for each event that matters."""
+"""Progress of a search on a terminal: a line for each event that matters."""
 
 import io
 

@@ -143,7 +143,7 @@ class Simulation:
         return [trials[number].state for number in sorted(trials)]
 
     def check(self) -> None:
-        """What must hold of every search, whatever happened to it."""
+        """Assert the invariants of every search, whatever happened to it."""
         state = self.controller.state
         reported: dict[int, list[int]] = {}
         for row in state.history:

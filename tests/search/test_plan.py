@@ -1,4 +1,4 @@
-"""How many lanes, slots and threads a search gets, and what it pins at the start."""
+"""Lanes, slots and threads of a search, and the commits that it pins at the start."""
 
 from collections.abc import Callable
 from types import SimpleNamespace

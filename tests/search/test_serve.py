@@ -1,4 +1,4 @@
-"""How a lane obeys its orders, without Ray: joins, answers, failures, and packs too large for the memory."""
+"""A lane obeys its orders, without Ray: joins, answers, failures, and packs too large for the memory."""
 
 import errno
 from collections.abc import Callable, Iterator

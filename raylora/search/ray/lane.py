@@ -28,7 +28,7 @@ from raylora.training.memory import MemoryEstimate
 from raylora.training.packed.engine import PackedEngine
 
 MAX_RESTARTS = 20
-"""How often Ray Train brings a lane's process back before the lane counts as lost."""
+"""Times that Ray Train starts a lane's process again before the lane counts as lost."""
 
 SPIN_COUNT = "2000"
 """Rounds for which libgomp's threads spin on a CPU lane. By default they spin 300,000 rounds, in which they take cores
@@ -55,7 +55,7 @@ class LaneSettings:
     load_engine: Callable[..., Engine | PackedEngine] = load_engine
 
 
-def plan_settings(run: RunDirectory, plan: Plan, broker: ActorHandle) -> list[LaneSettings]:
+def lane_settings(run: RunDirectory, plan: Plan, broker: ActorHandle) -> list[LaneSettings]:
     """Return the settings of each lane of a plan."""
     first = LaneSettings(
         name="0",

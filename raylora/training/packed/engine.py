@@ -208,7 +208,7 @@ class PackedEngine:
 
 
 def cut(batches: list[MicroBatch], tokens_per_pass: int) -> list[list[MicroBatch]]:
-    """Cuts micro-batches into passes of about equal size, none over the limit unless it is a single micro-batch."""
+    """Cut micro-batches into passes of about equal size, none over the limit unless it is a single micro-batch."""
     total = sum(batch.n_tokens for batch in batches)
     target = total / math.ceil(total / tokens_per_pass)
     passes: list[list[MicroBatch]] = [[]]

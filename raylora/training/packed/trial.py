@@ -109,9 +109,6 @@ class PackedTrial:
         self.seconds = dict.fromkeys(("train", "eval", "other"), 0.0)
         """Time since the last report."""
 
-        self.checkpoint: Path | None = None
-        """Newest checkpoint."""
-
         self._reported_checkpoint: Path | None = None
         """Checkpoint of the last report."""
 
@@ -190,7 +187,6 @@ class PackedTrial:
         kept = {directory, self._reported_checkpoint}
         for old in set(self.directory.glob("checkpoint-*")) - kept:
             shutil.rmtree(old)
-        self.checkpoint = directory
         if self._reported_step == self.step:
             self._reported_checkpoint = directory
         return directory
@@ -217,7 +213,6 @@ class PackedTrial:
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         self.seconds, self._reported_step = state["seconds"], state["reported_step"]
         self.losses = [torch.tensor(state["loss_sum"], dtype=torch.float64, device=self.adapter.parameters[0].device)]
-        self.checkpoint = checkpoint
         if self._reported_step:
             self._reported_checkpoint = self.directory / f"checkpoint-{self._reported_step}"
         for key in MOMENTS:
