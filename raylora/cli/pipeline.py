@@ -108,7 +108,7 @@ def _show_plan(screen: Console, plan: Plan) -> None:
 
 
 def _show_data(screen: Console, data: PreparedData) -> None:
-    """Show rows, tokens, lengths, and what was left out."""
+    """Show rows, tokens, lengths, and what was left out or looks wrong."""
     for part, summary in data.summaries.items():
         screen.print(
             f"{part}: {summary.rows} rows, {summary.tokens} tokens ({summary.trained_tokens} with loss), length median "
@@ -117,6 +117,8 @@ def _show_data(screen: Console, data: PreparedData) -> None:
         )
     if data.n_overlapping or data.n_duplicates:
         screen.print(f"{data.n_overlapping} overlapping training rows left out, {data.n_duplicates} duplicates kept")
+    for line in data.notes():
+        screen.print(f"note: {line}", markup=False)
 
 
 def _facts(plan: Plan) -> dict[str, object]:

@@ -45,7 +45,9 @@ class DataSection(Section):
     """Rows to train on, to validate on and to hold out."""
 
     train: str
-    """Training rows: a JSONL, JSON, CSV or Parquet file, or a Hub data set id."""
+    """Training rows: a JSONL, JSON, CSV, TSV or Parquet file, also compressed; a pattern such as `rows/*.jsonl`; a
+    folder; a URL that fsspec opens, such as `s3://bucket/rows.jsonl`; or a Hub data set, `owner/name` or
+    `owner/name:split`."""
 
     validation: str | None = None
     """Validation rows, as `train`; None splits them off `train`. The search minimises the loss on them."""
@@ -54,19 +56,29 @@ class DataSection(Section):
     """Held-out rows, as `train`; None splits them off `train`. Only the final check reads them."""
 
     subset: str | None = None
-    """Configuration name of a Hub data set."""
+    """Configuration name of the Hub data set `train`."""
 
     revision: str | None = None
     """Hub branch, tag or commit of `train`; the commit that a search started with is in its `config.yaml`."""
 
     split: str = "train"
-    """Split of a Hub data set."""
+    """Split of `train`, if it is a Hub data set or a folder with several."""
 
     format: Literal["auto", "text", "prompt-completion", "messages", "conversations", "alpaca"] = "auto"
     """Dataset format (TRL's word): the columns of a row. `auto` tells it from the first row."""
 
+    columns: dict[str, str] = {}
+    """Columns by other names: name in the dataset format -> name in the file, e.g. `{prompt: question}`."""
+
     chat_template: str | None = None
-    """Chat template: `chatml` or a Jinja file. Conversations need it if the tokenizer has none."""
+    """Chat template: `chatml`, `alpaca`, `tokenizer` (the base's own) or a Jinja file. None is `alpaca` for rows of
+    that format, else `tokenizer`."""
+
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, e.g. `{reasoning_effort: low}`."""
+
+    bad_rows: Literal["error", "drop"] = "error"
+    """Treatment of rows that are not of the format or that the chat template cannot render as they are."""
 
     completion_only_loss: bool = True
     """True to train on completions (assistant turns) only, in formats that mark them."""

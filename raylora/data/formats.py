@@ -1,150 +1,237 @@
-"""Turns rows of any dataset format that TRL's SFT accepts into examples with a prompt and an answer.
+"""Turns rows of any known dataset format into examples: texts, or conversations.
 
-Source of the formats: TRL's "Dataset formats and types" (text, prompt/completion, messages, conversations) and
-Stanford Alpaca (instruction/input/output).
+Source of the formats: TRL's "Dataset formats and types" (text, prompt/completion, messages, conversations), Stanford
+Alpaca (instruction/input/output), and LLaMA-Factory's columns beside them (system, history, tools).
 """
 
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from raylora.data.read import Row
+from raylora.data.files import Row
+from raylora.data.messages import Message, to_messages, to_tools
 from raylora.errors import DataError
 
-Message = dict[str, str]
-"""One turn of a conversation: `role` and `content`."""
-
 COLUMNS = {
-    "text": ("text",),
     "prompt-completion": ("prompt", "completion"),
     "messages": ("messages",),
     "conversations": ("conversations",),
     "alpaca": ("instruction", "output"),
+    "text": ("text",),
 }
-"""Dataset format -> columns that it needs."""
+"""Dataset format -> columns that it needs, in the order in which `auto` tries them: rows of other formats may have a
+`text` column too."""
 
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-"""Speaker in ShareGPT's `from` -> role in a chat template."""
-
-ALPACA_INTRO = "Below is an instruction that describes a task"
-"""Opening of Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca, README)."""
+OPTIONAL_COLUMNS = {
+    "prompt-completion": ("references", "tools", "chat_template_kwargs"),
+    "messages": ("references", "tools", "system", "chat_template_kwargs"),
+    "conversations": ("references", "tools", "system", "chat_template_kwargs"),
+    "alpaca": ("references", "input", "system", "history"),
+    "text": (),
+}
+"""Dataset format -> columns that it uses where they are given."""
 
 ANSWER_MARKERS = ("[/INST]", "<|im_start|>assistant\n", "<start_of_turn>model\n", "### Response:", "### Assistant:")
 """Text before an answer in `text` rows of common templates: Llama 2, ChatML, Gemma, Alpaca, Guanaco."""
 
 
 @dataclass(frozen=True)
-class Example:
-    """One row, in the same form for every dataset format."""
+class TextExample:
+    """One row whose tokens are those of its text."""
 
-    prompt: str | tuple[Message, ...]
-    """Prompt that generation starts from: text, or messages for a chat template; empty if the row has no question."""
+    prompt: str
+    """Prompt that generation starts from; empty if the row has no question."""
 
-    completion: str | tuple[Message, ...]
-    """Answer to the prompt: text or messages, as `prompt`."""
+    completion: str
+    """Answer to the prompt."""
 
     references: tuple[str, ...]
-    """Acceptable answers as text; the completion alone if the row has no `references`."""
+    """Acceptable answers; the completion alone if the row has no `references`."""
 
     trains_on_prompt: bool
     """True if the loss covers the prompt too, as TRL does for `text`."""
+
+    source: str = field(default="", compare=False, repr=False)
+    """File or data set and number of the row, for messages."""
 
     def key(self) -> str:
         """Return a key that is equal for examples with the same prompt."""
         return repr(self.prompt or self.completion)
 
+    def has_answer(self) -> bool:
+        """Return True if there is an answer to learn."""
+        return bool(self.completion.strip())
 
-def to_examples(rows: list[Row], format: str, *, source: str) -> list[Example]:
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row whose tokens are those of its messages in a chat template."""
+
+    messages: tuple[Message, ...]
+    """Messages up to the last one that is trained on."""
+
+    trained: tuple[bool, ...]
+    """True for each message that is trained on; the last always is."""
+
+    tools: tuple[dict[str, Any], ...] = ()
+    """Tools that the model may call, in the form of OpenAI's `tools`."""
+
+    references: tuple[str, ...] = ()
+    """Acceptable last answers as text; empty to take the answer itself."""
+
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template that the row sets."""
+
+    source: str = field(default="", compare=False, repr=False)
+    """File or data set and number of the row, for messages."""
+
+    def key(self) -> str:
+        """Return a key that is equal for conversations with the same messages before the last answer."""
+        return repr(self.messages[:-1] or self.messages)
+
+    def has_answer(self) -> bool:
+        """Return True if the last answer has text or calls."""
+        return bool(self.messages[-1]["content"].strip() or self.messages[-1].get("tool_calls"))
+
+
+Example = TextExample | Conversation
+"""One row, in the form that tokens are made of."""
+
+
+def to_examples(
+    rows: list[Row],
+    format: str,
+    *,
+    source: str,
+    on_bad_row: Callable[[DataError], None] | None = None,
+) -> list[Example]:
     """Convert rows, all of one dataset format.
 
     Args:
         rows: rows as read, at least one.
         format: a key of `COLUMNS`, or `auto` to tell the format from the columns of the first row.
         source: opens the error message.
+        on_bad_row: takes the error of each row that cannot be used; None raises the first.
 
     Raises:
         DataError: no format fits, or a row lacks a column or holds another type (with the row's number).
     """
-    format = _detect(rows[0], source) if format == "auto" else format
+    format = detect_format(rows[0], source) if format == "auto" else format
     convert = _CONVERTERS[format]
     examples = []
     for number, row in enumerate(rows, 1):
-        missing = [column for column in COLUMNS[format] if row.get(column) is None]
-        if missing:
-            raise DataError(f"{source}: row {number} has no {', '.join(missing)}; its columns: {', '.join(row)}")
+        where = f"{source}: row {number}"
         try:
-            examples.append(convert(row))
-        except (TypeError, KeyError, ValueError) as error:
-            raise DataError(f"{source}: row {number} is not of format {format}: {error}") from error
+            missing = [column for column in COLUMNS[format] if row.get(column) is None]
+            if missing:
+                raise DataError(f"{where} has no {', '.join(missing)}; its columns: {', '.join(row)}")
+            try:
+                examples.append(convert(row, where))
+            except (TypeError, KeyError, ValueError) as error:
+                raise DataError(f"{where} is not of format {format}: {error}") from error
+        except DataError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(error)
     return examples
 
 
-def _detect(row: Row, source: str) -> str:
-    """Return the dataset format of a row. `text` comes last: rows of other formats may have a `text` column too."""
-    for format in ("prompt-completion", "messages", "conversations", "alpaca", "text"):
-        if all(column in row for column in COLUMNS[format]):
+def detect_format(row: Row, source: str) -> str:
+    """Return the dataset format of a row.
+
+    Raises:
+        DataError: no format has these columns.
+    """
+    for format, columns in COLUMNS.items():
+        if all(row.get(column) is not None for column in columns):
             return format
     known = "; ".join(f"{format}: {', '.join(columns)}" for format, columns in COLUMNS.items())
-    raise DataError(f"{source}: no known dataset format has the columns {', '.join(row)}; known are {known}")
+    raise DataError(
+        f"{source}: no known dataset format has the columns {', '.join(row)}; known are {known}; "
+        "`data.columns: {prompt: question, completion: answer}` gives columns other names"
+    )
 
 
-def _from_text(row: Row) -> Example:
+def unused_columns(row: Row, format: str, columns: Mapping[str, str]) -> list[str]:
+    """Return the names of a row's columns that its dataset format does not read."""
+    used = {columns.get(column, column) for column in (*COLUMNS[format], *OPTIONAL_COLUMNS[format])}
+    return [column for column in row if column not in used]
+
+
+def rename_columns(rows: list[Row], columns: Mapping[str, str], source: str) -> list[Row]:
+    """Return the rows with their columns named as the format names them.
+
+    Args:
+        rows: rows as read.
+        columns: column of the format -> column of the file, where they differ.
+        source: opens the error message.
+
+    Raises:
+        DataError: no row has a named column.
+    """
+    if not columns:
+        return rows
+    missing = [name for name in columns.values() if not any(name in row for row in rows)]
+    if missing:
+        raise DataError(f"{source}: data.columns names {', '.join(missing)}; the columns are {', '.join(rows[0])}")
+    ours = {theirs: ours for ours, theirs in columns.items()}
+    return [
+        {ours.get(name, name): value for name, value in row.items() if name in ours or name not in columns}
+        for row in rows
+    ]
+
+
+def _from_text(row: Row, where: str) -> TextExample:
     """Convert a row of `text`. Split it after the last answer marker, so that generation has a prompt."""
     text = _text(row["text"], "text")
     ends = [text.rfind(marker) + len(marker) for marker in ANSWER_MARKERS if marker in text]
     cut = max(ends, default=0)
     answer = re.sub(r"(</s>|<\|im_end\|>|<end_of_turn>)\s*$", "", text[cut:])
-    return Example(text[:cut], text[cut:], (answer.strip(),), trains_on_prompt=True)
+    return TextExample(text[:cut], text[cut:], (answer.strip(),), trains_on_prompt=True, source=where)
 
 
-def _from_prompt_completion(row: Row) -> Example:
-    """Convert a row of `prompt` and `completion`, which are text or messages."""
+def _from_prompt_completion(row: Row, where: str) -> Example:
+    """Convert a row of `prompt` and `completion`, which are text or messages. Only the completion is trained on."""
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list):
-        messages = _messages(prompt)
-        answer = _messages(completion) if isinstance(completion, list) else (_message("assistant", completion),)
-        return Example(messages, answer, _references(row, answer[-1]["content"]), trains_on_prompt=False)
+    if isinstance(prompt, list | dict):
+        answer = completion if isinstance(completion, list | dict) else [{"role": "assistant", "content": completion}]
+        asked, _ = to_messages(prompt)
+        answered, trained = to_messages(answer)
+        return _conversation(row, asked + answered, (False,) * len(asked) + trained, where)
     completion = _text(completion, "completion")
-    return Example(_text(prompt, "prompt"), completion, _references(row, completion), trains_on_prompt=False)
+    references = _references(row) or (completion,)
+    return TextExample(_text(prompt, "prompt"), completion, references, trains_on_prompt=False, source=where)
 
 
-def _from_messages(row: Row) -> Example:
-    """Convert a conversation. The completion is its last assistant message."""
-    messages = _messages(row["messages"])
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise ValueError("a conversation needs an assistant message")
-    last = answers[-1]
-    answer = messages[last]["content"]
-    return Example(messages[:last], messages[last : last + 1], _references(row, answer), trains_on_prompt=False)
+def _from_messages(row: Row, where: str) -> Conversation:
+    """Convert a conversation in the column `messages`."""
+    return _conversation(row, *to_messages(row["messages"]), where)
 
 
-def _from_conversations(row: Row) -> Example:
-    """Convert a conversation in ShareGPT's columns, `from` and `value`."""
-    messages = []
-    for turn in row["conversations"]:
-        role = turn.get("from") or turn.get("role")
-        if role not in SHAREGPT_ROLES:
-            raise ValueError(f"unknown speaker {role!r}; known: {', '.join(SHAREGPT_ROLES)}")
-        messages.append(_message(SHAREGPT_ROLES[role], turn.get("value") or turn.get("content")))
-    return _from_messages({**row, "messages": messages})
+def _from_conversations(row: Row, where: str) -> Conversation:
+    """Convert a conversation in the column `conversations`, mostly in ShareGPT's keys."""
+    return _conversation(row, *to_messages(row["conversations"]), where)
 
 
-def _from_alpaca(row: Row) -> Example:
-    """Convert a row of `instruction`, `input` and `output` by Stanford Alpaca's prompt template."""
-    instruction, given = _text(row["instruction"], "instruction"), row.get("input") or ""
-    head, body = f"{ALPACA_INTRO}. ", f"### Instruction:\n{instruction}\n\n"
-    if given:
-        head, body = (
-            f"{ALPACA_INTRO}, paired with an input that provides further context. ",
-            body + f"### Input:\n{given}\n\n",
-        )
-    prompt = f"{head}Write a response that appropriately completes the request.\n\n{body}### Response:\n"
-    answer = _text(row["output"], "output")
-    return Example(prompt, answer, _references(row, answer), trains_on_prompt=False)
+def _from_alpaca(row: Row, where: str) -> Conversation:
+    """Convert a row of `instruction`, `input` and `output`, with `system` and `history` if given."""
+    asked, given = _text(row["instruction"], "instruction"), _text(row.get("input") or "", "input")
+    turns = [turn for pair in row.get("history") or [] for turn in _history(pair)]
+    turns.append({"role": "user", "content": f"{asked}\n\n### Input:\n{given}" if given else asked})
+    turns.append({"role": "assistant", "content": _text(row["output"], "output")})
+    return _conversation(row, *to_messages(turns), where)
 
 
-_CONVERTERS = {
+def _history(pair: Any) -> list[Message]:
+    """Return the two messages of an earlier exchange, `[question, answer]`."""
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise TypeError(f"history must be a list of [question, answer], found {pair!r:.60}")
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+
+
+_CONVERTERS: dict[str, Callable[[Row, str], Example]] = {
     "text": _from_text,
     "prompt-completion": _from_prompt_completion,
     "messages": _from_messages,
@@ -153,21 +240,33 @@ _CONVERTERS = {
 }
 
 
-def _references(row: Row, answer: str) -> tuple[str, ...]:
-    """Return the row's `references`, or the answer alone."""
-    return tuple(str(reference) for reference in row.get("references") or (answer,))
+def _conversation(row: Row, messages: tuple[Message, ...], trained: tuple[bool, ...], where: str) -> Conversation:
+    """Return messages and what stands beside them in a row. Leave out what follows the last trained message."""
+    system = row.get("system")
+    if system:
+        if messages[0]["role"] in ("system", "developer"):
+            raise ValueError("has a `system` column and a system message; only one of them can be used")
+        messages, trained = ({"role": "system", "content": _text(system, "system")}, *messages), (False, *trained)
+    if not any(trained):
+        raise ValueError("a conversation needs an assistant message to train on")
+    end = len(trained) - trained[::-1].index(True)
+    kwargs = row.get("chat_template_kwargs")
+    return Conversation(
+        messages[:end],
+        trained[:end],
+        to_tools(row.get("tools")),
+        _references(row),
+        json.loads(kwargs) if isinstance(kwargs, str) else kwargs or {},
+        where,
+    )
 
 
-def _messages(messages: Any) -> tuple[Message, ...]:
-    """Check a list of messages."""
-    if not isinstance(messages, list) or not messages:
-        raise TypeError(f"must be a list of messages, found {messages!r:.60}")
-    return tuple(_message(message["role"], message["content"]) for message in messages)
-
-
-def _message(role: str, content: Any) -> Message:
-    """Return a message. Check that its content is text."""
-    return {"role": role, "content": _text(content, "content")}
+def _references(row: Row) -> tuple[str, ...]:
+    """Return the row's `references`, empty if it has none. A text is one reference, or a JSON list of them."""
+    found = row.get("references") or []
+    if isinstance(found, str):
+        found = json.loads(found) if found.startswith("[") else [found]
+    return tuple(str(reference) for reference in found)
 
 
 def _text(value: Any, column: str) -> str:

@@ -3,25 +3,32 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raylora.config.schema import DataSection
-from raylora.data.chat import set_chat_template
+from raylora.data.chat_template import set_chat_template, stop_token_ids
 from raylora.data.split import PARTS, Parts, read_parts
-from raylora.data.tokenize import PartSummary, encode_part
+from raylora.data.tokenize import Encoder, PartSummary, encode_part
 from raylora.errors import DataError
 from raylora.run.atomic import read_json, write_json
 from raylora.run.lock import made_once
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Version of the token cache. Raise it when the form of the cache changes."""
 
 SUMMARY = "summary.json"
 """File that sums a token cache up."""
+
+FEW = 0.03
+"""Largest share of odd rows without a warning. Our choice."""
+
+TOKENIZER = "tokenizer"
+"""Folder of a token cache with the tokenizer, as it made the tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,45 @@ class PreparedData:
     n_duplicates: int
     """Repeated training rows, as in `Parts`."""
 
+    bad_rows: list[str]
+    """Messages of the rows that were dropped because they could not be used."""
+
+    unused_columns: list[str]
+    """Columns of the training rows that the dataset format does not read."""
+
+    stop_token_ids: list[int]
+    """Tokens that end answers: EOS, and what the chat template ends them in. Ascending."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer that made the tokens, with its chat template."""
+        return AutoTokenizer.from_pretrained(self.tokens_dir / TOKENIZER)
+
+    def notes(self) -> list[str]:
+        """Return what a user should know about the rows, one sentence each. More than a few per cent is a warning."""
+        lines = [line for part, summary in self.summaries.items() for line in _notes(part, summary)]
+        if self.bad_rows:
+            lines.append(f"{len(self.bad_rows)} rows dropped; the first: {self.bad_rows[0]}")
+        if self.unused_columns:
+            lines.append(f"columns not used: {', '.join(self.unused_columns)}")
+        return lines
+
+
+def _notes(part: str, summary: PartSummary) -> Iterator[str]:
+    """Yield a sentence for each count of a part that is not 0."""
+    for count, total, what in (
+        (summary.n_cut_answers, summary.rows, "rows lose the end of an answer to data.max_length"),
+        (summary.n_repeated, summary.rows, "rows have the tokens of an earlier row"),
+        (summary.n_empty_answers, summary.examples, "answers are empty, so that only their end is learned"),
+        (summary.n_control_tokens, summary.examples, "conversations spell control tokens, which are read as text"),
+        (
+            summary.n_prompts_cut,
+            summary.examples,
+            "answers lack the end of the template's generation prompt, such as <think>; ask the model without it",
+        ),
+    ):
+        if count:
+            yield f"{'warning: ' if count > FEW * total else ''}{part}: {count} of {total} {what}"
+
 
 def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> PreparedData:
     """Tokenise the three parts, unless the cache holds them.
@@ -56,7 +102,7 @@ def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_di
         DataError: a source is broken, parts overlap, nothing is left to train on, or a chat template is missing.
     """
     parts = read_parts(data)
-    set_chat_template(parts.train[0], data, tokenizer)
+    set_chat_template(data, parts.format, tokenizer)
     fingerprint = _fingerprint(parts, data, tokenizer)
     tokens_dir = cache_dir / "tokens" / fingerprint
     return load_prepared(made_once(tokens_dir, partial(_encode_parts, parts, data, tokenizer)))
@@ -65,37 +111,51 @@ def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_di
 def load_prepared(tokens_dir: Path) -> PreparedData:
     """Open a token cache that `prepare_data` wrote."""
     values = read_json(tokens_dir / SUMMARY)
-    summaries = {part: PartSummary(**values["parts"][part]) for part in PARTS}
-    return PreparedData(tokens_dir, tokens_dir.name, summaries, values["n_overlapping"], values["n_duplicates"])
+    summaries = {part: PartSummary(**summary) for part, summary in values.pop("parts").items()}
+    return PreparedData(tokens_dir, tokens_dir.name, summaries, **values)
 
 
 def _encode_parts(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write each part as an Arrow data set, and `summary.json`."""
-    summaries = {}
+    """Write each part as an Arrow data set, the tokenizer with its chat template, and `summary.json`."""
+    bad_rows = list(parts.bad_rows)
+    summaries: dict[str, PartSummary] = {}
     for part in PARTS:
-        dataset, summary = encode_part(
+        encoder = Encoder(
+            tokenizer, completion_only=data.completion_only_loss, template_kwargs=data.chat_template_kwargs
+        )
+        dataset, summaries[part] = encode_part(
             getattr(parts, part),
-            tokenizer,
-            completion_only=data.completion_only_loss,
+            encoder,
             max_length=data.max_length,
             long_rows=data.long_rows,
+            on_bad_row=bad_rows.append if data.bad_rows == "drop" else None,
         )
-        if not summary.rows:
+        if not summaries[part].rows:
             raise DataError(
                 f"{part}: no row is left after data.max_length = {data.max_length} with data.long_rows = "
-                f"{data.long_rows}; the median row has {summary.length_p50} tokens"
+                f"{data.long_rows}; the median row has {summaries[part].length_p50} tokens"
             )
+        if summaries[part].n_empty_answers == summaries[part].examples:
+            raise DataError(f"{part}: every answer is empty, so that there is nothing to learn but the end of a text")
         dataset.save_to_disk(str(directory / part))
-        summaries[part] = dataclasses.asdict(summary)
-    values = {"parts": summaries, "n_overlapping": parts.n_overlapping, "n_duplicates": parts.n_duplicates}
+    tokenizer.save_pretrained(directory / TOKENIZER)
+    ends = {*stop_token_ids(tokenizer), *(token for one in summaries.values() for token in one.closing_tokens)}
+    values = {
+        "parts": {part: dataclasses.asdict(summary) for part, summary in summaries.items()},
+        "n_overlapping": parts.n_overlapping,
+        "n_duplicates": parts.n_duplicates,
+        "bad_rows": list(map(str, bad_rows)),
+        "unused_columns": parts.unused_columns,
+        "stop_token_ids": sorted(ends),
+    }
     write_json(directory / SUMMARY, values)
 
 
 def _fingerprint(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of all that decides the tokens: rows, tokenizer, chat template and settings."""
     digest = hashlib.sha256()
-    shaping = (CACHE_VERSION, data.completion_only_loss, data.max_length, data.long_rows, tokenizer.chat_template)
-    digest.update(json.dumps(shaping).encode())
+    shaping = (data.completion_only_loss, data.max_length, data.long_rows, data.chat_template_kwargs, data.bad_rows)
+    digest.update(json.dumps((CACHE_VERSION, tokenizer.chat_template, *shaping)).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.update((backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode())
     digest.update(repr((tokenizer.bos_token, tokenizer.eos_token)).encode())

@@ -1,64 +1,127 @@
-"""Reads a JSONL, JSON, CSV or Parquet file, or a Hub data set, into plain rows."""
+"""Finds the rows that a setting names: a file, a pattern, a folder, a URL, or a data set of the Hub."""
 
-import json
+import glob
 import re
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pyarrow.csv
-import pyarrow.parquet
+import fsspec
 from huggingface_hub import HfApi
 
+from raylora.data.files import CODECS, SUFFIXES, Row, file_type, read_file
 from raylora.errors import DataError, first_line
-
-Row = dict[str, Any]
-"""One row: column -> value."""
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-"""File types that are read."""
 
 COMMIT = re.compile("[0-9a-f]{40}")
 """Name of a commit, which no longer has to be looked up."""
 
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+"""Split -> words for it in file names, as `datasets` reads them."""
+
 
 def read_rows(
     source: str, *, subset: str | None = None, split: str = "train", revision: str | None = None
-) -> list[Row]:
+) -> dict[str, list[Row]]:
     """Read all rows of one source.
 
     Args:
-        source: path of a file, or a Hub data set id.
+        source: path or URL of a file, pattern such as `rows/*.jsonl`, folder, or Hub data set id, also as `ID:SPLIT`.
         subset: configuration name of a Hub data set.
-        split: split of a Hub data set.
+        split: split of a Hub data set or folder that has several.
         revision: branch, tag or commit of a Hub data set.
+
+    Returns:
+        File or Hub id -> its rows; at least one row in all.
 
     Raises:
         DataError: the source is missing, empty, broken (with the line), or of an unknown file type.
     """
     path = Path(source).expanduser()
-    if path.is_file():
-        rows = _read_file(path)
-    elif not is_hub_source(source):
-        raise DataError(f"data file not found: {source}")
+    if is_hub_source(source):
+        name, split = hub_split(source, split)
+        found = {name: _read_hub(name, subset, split, revision)}
+    elif path.is_dir() and (path / "state.json").is_file():
+        found = {source: datasets.load_from_disk(str(path)).to_list()}
     else:
-        rows = _read_hub(source, subset, split, revision)
-    if not rows:
+        found = {file: read_file(file) for file in _files(source, split)}
+    if not any(found.values()):
         raise DataError(f"{source} holds no rows")
-    return rows
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def _files(source: str, split: str) -> list[str]:
+    """Return the files that a path, a pattern, a folder or a URL names, sorted.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = Path(source).expanduser()
+    if "://" in source:
+        return sorted(_urls(source)) if "*" in source else [source]
+    if path.is_file():
+        return [str(path)]
+    if path.is_dir():
+        files = [str(file) for file in sorted(path.rglob("*")) if _is_data(file.relative_to(path))]
+        return _of_split(files, split, source)
+    files = sorted(glob.glob(str(path), recursive=True))
+    if not files:
+        raise DataError(f"data file not found: {source}")
+    return files
+
+
+def _urls(pattern: str) -> list[str]:
+    """Return the URLs that a pattern names."""
+    try:
+        files = fsspec.open_files(pattern, "rb")
+    except (ImportError, OSError, ValueError) as error:  # fsspec names the package that it lacks
+        raise DataError(f"{pattern} cannot be listed: {first_line(error)}") from error
+    if not files:
+        raise DataError(f"data file not found: {pattern}")
+    return [file.full_name for file in files]
+
+
+def _is_data(path: Path) -> bool:
+    """Return True for a data file that is neither hidden nor in a hidden folder."""
+    return file_type(str(path)) in SUFFIXES and not any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _of_split(files: list[str], split: str, folder: str) -> list[str]:
+    """Return the files of a split, or all files if their names tell no splits."""
+    if not files:
+        raise DataError(f"{folder} holds no data file: none ends in {', '.join(SUFFIXES)}")
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file.removeprefix(folder).lower())
+        found = next((name for name, known in SPLITS.items() if set(known) & set(words)), "")
+        by_split.setdefault(found, []).append(file)
+    if list(by_split) == [""]:
+        return files
+    if split not in by_split:
+        raise DataError(f"{folder} has no files of split {split}, only of {', '.join(filter(None, by_split))}")
+    return by_split[split]
 
 
 def is_hub_source(source: str) -> bool:
-    """Return True for the id of a Hub data set."""
+    """Return True for the id of a Hub data set, with or without a split."""
     path = Path(source).expanduser()
-    return not (path.exists() or path.suffix.lower() in SUFFIXES or source.count("/") > 1)
+    is_elsewhere = "://" in source or any(one in source for one in "*?[") or path.exists()
+    return not (is_elsewhere or source.count("/") > 1 or path.suffix.lower() in (*SUFFIXES, *CODECS))
+
+
+def hub_split(source: str, split: str) -> tuple[str, str]:
+    """Return the id and the split of a Hub source, `ID` or `ID:SPLIT`; `split` is that of an id alone."""
+    name, _, own = source.partition(":")
+    return name, own or split
 
 
 def hub_commit(source: str, revision: str | None) -> str | None:
     """Return the commit of a Hub data set; None for a file, and `revision` as it is if the Hub cannot be asked.
 
     Args:
-        source: path of a file, or a Hub data set id.
+        source: as for `read_rows`.
         revision: branch, tag or commit; None is the main branch.
     """
     if not is_hub_source(source):
@@ -66,56 +129,9 @@ def hub_commit(source: str, revision: str | None) -> str | None:
     if revision is not None and COMMIT.fullmatch(revision):
         return revision  # pinned at the start of a search that is resumed
     try:
-        return HfApi().dataset_info(source, revision=revision).sha
+        return HfApi().dataset_info(source.partition(":")[0], revision=revision).sha
     except Exception:  # huggingface_hub passes on errors of its HTTP library; the rows may be in its cache all the same
         return revision
-
-
-def _read_file(path: Path) -> list[Row]:
-    """Read a file by its suffix."""
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path}: must end in {', '.join(SUFFIXES)}, found {suffix or 'no suffix'}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")
-    try:
-        if suffix == ".csv":
-            return pyarrow.csv.read_csv(path).to_pylist()
-        if suffix == ".parquet":
-            return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a readable {suffix[1:]} file: {error}") from error
-    return _read_jsonl(path) if suffix == ".jsonl" else _read_json(path)
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    """Read a file with a JSON object per line. Blank lines are skipped."""
-    rows = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_parse(line, f"{path}:{number}"))
-                if not isinstance(rows[-1], dict):
-                    raise DataError(f"{path}:{number}: must be a JSON object, found {line.strip()[:60]}")
-    return rows
-
-
-def _read_json(path: Path) -> list[Row]:
-    """Read a JSON array of objects, or an object whose only value is such an array."""
-    rows = _parse(path.read_text(encoding="utf-8-sig"), str(path))
-    if isinstance(rows, dict) and len(rows) == 1:
-        (rows,) = rows.values()
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: must be a JSON array of objects")
-    return rows
-
-
-def _parse(text: str, where: str) -> Any:
-    """Parse JSON. `where` opens the error message."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}: {text.strip()[:60]}") from error
 
 
 def _read_hub(name: str, subset: str | None, split: str, revision: str | None) -> list[Row]:

@@ -4,8 +4,9 @@ import hashlib
 from dataclasses import dataclass
 
 from raylora.config.schema import DataSection
-from raylora.data.formats import Example, to_examples
-from raylora.data.read import read_rows
+from raylora.data.files import Row
+from raylora.data.formats import Example, detect_format, rename_columns, to_examples, unused_columns
+from raylora.data.read import hub_split, read_rows
 from raylora.errors import DataError
 
 PARTS = ("train", "validation", "heldout")
@@ -25,6 +26,15 @@ class Parts:
     n_duplicates: int
     """Training rows that repeat another row word for word. They are not left out."""
 
+    format: str
+    """Dataset format of the training rows."""
+
+    unused_columns: list[str]
+    """Columns of the first training row that the format does not read."""
+
+    bad_rows: list[DataError]
+    """Errors of the rows that were dropped."""
+
 
 def read_parts(data: DataSection) -> Parts:
     """Read the sources that `data` names, and split the other parts off the training rows.
@@ -32,7 +42,9 @@ def read_parts(data: DataSection) -> Parts:
     Raises:
         DataError: a source is broken, parts overlap, or there are too few prompts to split.
     """
-    given = {part: _read(data, part) for part in PARTS if getattr(data, part) is not None}
+    bad_rows: list[DataError] = []
+    sources = {part: _Source.read(data, part) for part in PARTS if getattr(data, part) is not None}
+    given = {part: source.examples(data, bad_rows) for part, source in sources.items()}
     train, n_overlapping = _without_overlap(given, data)
     heldout = given.get("heldout")
     validation = given.get("validation")
@@ -45,16 +57,56 @@ def read_parts(data: DataSection) -> Parts:
         limit = getattr(data, f"max_{part}_rows")
         parts[part] = sorted(examples, key=lambda one: _order(repr(one), data.seed))[:limit] if limit else examples
     return Parts(
-        **parts, n_overlapping=n_overlapping, n_duplicates=len(parts["train"]) - len(set(map(repr, parts["train"])))
+        **parts,
+        n_overlapping=n_overlapping,
+        n_duplicates=len(parts["train"]) - len(set(map(repr, parts["train"]))),
+        format=sources["train"].format,
+        unused_columns=unused_columns(sources["train"].first_row(), sources["train"].format, data.columns),
+        bad_rows=bad_rows,
     )
 
 
-def _read(data: DataSection, part: str) -> list[Example]:
-    """Read the examples of the source that `data` names for a part."""
-    source = getattr(data, part)
-    revision = data.revision if source == data.train else None
-    rows = read_rows(source, subset=data.subset, split=data.split, revision=revision)
-    return to_examples(rows, data.format, source=source)
+@dataclass(frozen=True)
+class _Source:
+    """Rows that a setting names."""
+
+    files: dict[str, list[Row]]
+    """File or Hub id -> its rows."""
+
+    format: str
+    """Dataset format."""
+
+    @classmethod
+    def read(cls, data: DataSection, part: str) -> "_Source":
+        """Read the source that `data` names for a part."""
+        source = getattr(data, part)
+        own = hub_split(source, "")[0] == hub_split(data.train, "")[0]  # another data set has commits of its own
+        files = read_rows(
+            source,
+            subset=data.subset if own else None,
+            split=data.split if part == "train" or data.validation is None else part,
+            revision=data.revision if own else None,
+        )
+        name, rows = next(iter(files.items()))
+        first = rename_columns(rows[:1], data.columns, name)[0]
+        return cls(files, detect_format(first, name) if data.format == "auto" else data.format)
+
+    def examples(self, data: DataSection, bad_rows: list[DataError]) -> list[Example]:
+        """Convert all rows. Add the errors of those that are dropped to `bad_rows`."""
+        return [
+            example
+            for name, rows in self.files.items()
+            for example in to_examples(
+                rename_columns(rows, data.columns, name),
+                self.format,
+                source=name,
+                on_bad_row=bad_rows.append if data.bad_rows == "drop" else None,
+            )
+        ]
+
+    def first_row(self) -> Row:
+        """Return the first row, with the columns of the file."""
+        return next(iter(self.files.values()))[0]
 
 
 def _without_overlap(given: dict[str, list[Example]], data: DataSection) -> tuple[list[Example], int]:

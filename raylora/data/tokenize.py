@@ -1,26 +1,35 @@
 """Turns examples into token ids and labels, as Arrow data sets that can be memory-mapped.
 
-Tokens and labels equal those of TRL's SFTTrainer for the same dataset format; `tests/data/test_tokenize.py` compares
-them.
+Tokens and labels of texts equal those of TRL's SFTTrainer; `tests/data/test_tokenize.py` compares them.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from raylora.data.chat import common_prefix, encode_chat
-from raylora.data.formats import Example
+from raylora.data.answers import AnswerParser
+from raylora.data.chat import encode_chat
+from raylora.data.chat_template import ChatTemplate, common_prefix
+from raylora.data.formats import Example, TextExample
 from raylora.data.rows import IGNORE
+from raylora.errors import DataError
 
 
 @dataclass(frozen=True)
 class PartSummary:
     """Size of one part, shown to the user before the search."""
 
+    examples: int
+    """Rows of the data."""
+
+    conversations: int
+    """Rows of the data that are conversations."""
+
     rows: int
-    """Rows in the token cache."""
+    """Rows in the token cache; a conversation can make several."""
 
     tokens: int
     """Tokens after truncation."""
@@ -40,38 +49,86 @@ class PartSummary:
     n_long: int
     """Rows over `max_length`, truncated or dropped."""
 
+    n_cut_answers: int
+    """Truncated rows that lost the end of an answer, or a whole one."""
+
     n_dropped: int
-    """Rows left out: too long with `long_rows: drop`, or without a token with loss."""
+    """Rows left out: too long with `long_rows: drop`, or without a token with loss after truncation."""
+
+    n_repeated: int
+    """Rows with the same tokens and labels as an earlier row."""
+
+    n_empty_answers: int
+    """Examples whose last answer is empty, so that only its end is learned."""
+
+    n_control_tokens: int
+    """Conversations whose content holds control tokens, which are trained on as plain text."""
+
+    n_prompts_cut: int
+    """Rows whose last answer lacks the end of the template's generation prompt, such as `<think>`."""
+
+    closing_tokens: list[int]
+    """Tokens that end answers, ascending; empty for texts."""
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool) -> dict[str, list[int]]:
-    """Tokenise one example.
+class Encoder:
+    """Makes the rows of a token cache from examples."""
 
-    Args:
-        example: one row.
-        tokenizer: has a chat template if the row is a conversation.
-        completion_only: take the loss on completions (assistant turns) only.
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool, template_kwargs: Mapping[str, Any]
+    ) -> None:
+        """Set up for one tokenizer.
 
-    Returns:
-        `input_ids` (n,); `labels` (n,), IGNORE for a token without loss; and `prompt_ids` (m,), from which generation
-        starts, empty if the example has no prompt.
-    """
-    if isinstance(example.prompt, str):
-        prompt_ids, ids = _encode_text(example, tokenizer)
-        spans = [(common_prefix(prompt_ids, ids), len(ids))]
-    else:
-        prompt_ids, ids, spans = encode_chat([*example.prompt, *example.completion], tokenizer)
-    if example.trains_on_prompt or not completion_only:
-        spans = [(0, len(ids))]
-    labels = [IGNORE] * len(ids)
-    for start, end in spans:
-        labels[start:end] = ids[start:end]
-    return {"input_ids": ids, "labels": labels, "prompt_ids": prompt_ids}
+        Args:
+            tokenizer: has a chat template if there are conversations.
+            completion_only: take the loss on completions (assistant turns) only.
+            template_kwargs: variables of the chat template.
+        """
+        self.tokenizer, self._completion_only, self._template_kwargs = tokenizer, completion_only, template_kwargs
+        self.template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._answers: AnswerParser | None = None
+        self.closing_tokens: set[int] = set()
+        """Tokens that ended the answers so far."""
+
+        self.n_prompts_cut = 0
+        """As in `PartSummary`."""
+
+    def rows(self, example: Example) -> list[dict[str, Any]]:
+        """Tokenise one example.
+
+        Returns:
+            Rows, at least one, of `input_ids` (n,); `labels` (n,), IGNORE for a token without loss; `prompt_ids` (m,),
+            from which generation starts, empty if the row has no prompt to answer; `references`, acceptable answers;
+            and `calls`, the expected tool calls as of `ParsedAnswer` (the answer as text if they cannot be read), empty
+            if there are none. Only the last row of a
+            conversation has a prompt.
+
+        Raises:
+            DataError: the chat template cannot render the conversation as it is.
+        """
+        if isinstance(example, TextExample):
+            prompt_ids, ids = encode_text(example, self.tokenizer)
+            is_all = example.trains_on_prompt or not self._completion_only
+            spans = [(0 if is_all else common_prefix(prompt_ids, ids), len(ids))]
+            return [_row(ids, spans, prompt_ids, list(example.references), "")]
+        assert self.template is not None  # `set_chat_template` checks it
+        sequences = encode_chat(example, self.template, self._template_kwargs)
+        last = sequences[-1]
+        self.n_prompts_cut += bool(last.prompt_cut.strip())
+        self.closing_tokens |= {token for sequence in sequences for token in sequence.closing_tokens}
+        self._answers = self._answers or AnswerParser(self.template)
+        answer = self._answers.parse(last.answer)
+        calls = (answer.calls or answer.text) if "tool_calls" in example.messages[-1] else ""
+        references = list(example.references) or [answer.text]
+        prompt_ids = last.token_ids[: last.spans[-1][0]]
+        if not self._completion_only:
+            return [_row(last.token_ids, [(0, len(last.token_ids))], prompt_ids, references, calls)]
+        earlier = [_row(one.token_ids, one.spans, [], [], "") for one in sequences[:-1]]
+        return [*earlier, _row(last.token_ids, last.spans, prompt_ids, references, calls)]
 
 
-def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def encode_text(example: TextExample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the token ids of the prompt, and of prompt and completion with EOS."""
-    assert isinstance(example.prompt, str) and isinstance(example.completion, str)
     prompt, full = example.prompt, example.prompt + example.completion
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if bos and full.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
@@ -82,41 +139,67 @@ def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return (tokenizer(prompt).input_ids if prompt else []), tokenizer(full).input_ids
 
 
+def _row(
+    ids: list[int], spans: list[tuple[int, int]], prompt_ids: list[int], references: list[str], calls: str
+) -> dict[str, Any]:
+    """Return one row of the token cache."""
+    labels = [IGNORE] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    return {"input_ids": ids, "labels": labels, "prompt_ids": prompt_ids, "references": references, "calls": calls}
+
+
 def encode_part(
     examples: list[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     *,
-    completion_only: bool,
     max_length: int,
     long_rows: str,
+    on_bad_row: Callable[[DataError], None] | None = None,
 ) -> tuple[datasets.Dataset, PartSummary]:
     """Tokenise one part.
 
     Args:
         examples: rows of the part, at least one.
-        tokenizer: has a chat template if the rows are conversations.
-        completion_only: take the loss on completions (assistant turns) only.
+        encoder: tokenises one example.
         max_length: longest row in tokens.
         long_rows: `truncate` cuts longer rows, `drop` leaves them out.
+        on_bad_row: takes the error of each conversation that the chat template cannot render; None raises the first.
 
     Returns:
-        Columns `input_ids`, `labels`, `prompt_ids`, `references`; and the summary.
+        Columns as of `Encoder.rows`, and the summary.
+
+    Raises:
+        DataError: no row can be used.
     """
     rows: list[dict[str, Any]] = []
-    lengths = []
+    lengths: list[int] = []
+    n_cut = n_dropped = n_used = 0
     for example in examples:
-        encoded = encode(example, tokenizer, completion_only=completion_only)
-        lengths.append(len(encoded["input_ids"]))
-        too_long = lengths[-1] > max_length
-        labels = encoded["labels"][:max_length]
-        if (too_long and long_rows == "drop") or all(label == IGNORE for label in labels):
+        try:
+            encoded = encoder.rows(example)
+        except DataError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(error)
             continue
-        prompt_ids = encoded["prompt_ids"] if len(encoded["prompt_ids"]) <= max_length else []
-        ids = encoded["input_ids"][:max_length]
-        references = list(example.references)
-        rows.append({"input_ids": ids, "labels": labels, "prompt_ids": prompt_ids, "references": references})
+        n_used += 1
+        for row in encoded:
+            lengths.append(len(row["input_ids"]))
+            too_long = lengths[-1] > max_length
+            kept = {**row, "input_ids": row["input_ids"][:max_length], "labels": row["labels"][:max_length]}
+            is_cut = any(label != IGNORE for label in row["labels"][max_length:])
+            if (too_long and long_rows == "drop") or all(label == IGNORE for label in kept["labels"]):
+                n_dropped += 1
+                continue
+            n_cut += is_cut
+            rows.append({**kept, "prompt_ids": row["prompt_ids"] if len(row["prompt_ids"]) <= max_length else []})
+    if not lengths:
+        raise DataError("no row can be used")
     ordered = sorted(lengths)
     summary = PartSummary(
+        examples=n_used,
+        conversations=sum(not isinstance(example, TextExample) for example in examples),
         rows=len(rows),
         tokens=sum(len(row["input_ids"]) for row in rows),
         trained_tokens=sum(label != IGNORE for row in rows for label in row["labels"]),
@@ -124,7 +207,17 @@ def encode_part(
         length_p95=ordered[int(0.95 * (len(ordered) - 1))],
         length_max=ordered[-1],
         n_long=sum(length > max_length for length in lengths),
-        n_dropped=len(examples) - len(rows),
+        n_cut_answers=n_cut,
+        n_dropped=n_dropped,
+        n_repeated=len(rows) - len({(*row["input_ids"], None, *row["labels"]) for row in rows}),
+        n_empty_answers=sum(not example.has_answer() for example in examples),
+        n_control_tokens=sum(
+            encoder.template.has_control_tokens((example.messages, example.tools))
+            for example in examples
+            if encoder.template and not isinstance(example, TextExample)
+        ),
+        n_prompts_cut=encoder.n_prompts_cut,
+        closing_tokens=sorted(encoder.closing_tokens),
     )
     columns = {name: [row[name] for row in rows] for name in _FEATURES}
     return datasets.Dataset.from_dict(columns, features=_FEATURES), summary
@@ -133,5 +226,11 @@ def encode_part(
 _IDS = datasets.List(datasets.Value("int32"))
 
 _FEATURES = datasets.Features(
-    {"input_ids": _IDS, "labels": _IDS, "prompt_ids": _IDS, "references": datasets.List(datasets.Value("string"))}
+    {
+        "input_ids": _IDS,
+        "labels": _IDS,
+        "prompt_ids": _IDS,
+        "references": datasets.List(datasets.Value("string")),
+        "calls": datasets.Value("string"),
+    }
 )

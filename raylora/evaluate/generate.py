@@ -1,11 +1,12 @@
 """Generates greedy answers to prompts, in left-padded batches with a KV cache."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Answers:
     """Token ids of each answer, without end tokens."""
 
     texts: list[str]
-    """Text of each answer, without special tokens."""
+    """Text of each answer, as `read` gives it."""
 
     tokens_per_second: float
     """Generated tokens per second, end tokens included."""
@@ -27,8 +28,10 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
+    stop_token_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    read: Callable[[list[int]], str] | None = None,
 ) -> Answers:
     """Generate a greedy answer to each prompt.
 
@@ -36,17 +39,28 @@ def generate(
         model: causal language model, on any device.
         tokenizer: tokenizer of the model, with a pad token.
         prompts: token ids of each prompt.
+        stop_token_ids: tokens that end an answer, at least one.
         max_new_tokens: longest answer in tokens.
         batch_size: prompts per batch. A batch has prompts of similar length.
+        read: turns the token ids of an answer into text; None decodes them without special tokens.
 
     Returns:
         Answers in the order of the prompts.
     """
     model.eval()
-    ends = _end_tokens(model, tokenizer)
+    read = read or partial(tokenizer.decode, skip_special_tokens=True)
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(stop_token_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    ends = set(stop_token_ids)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     token_ids: list[list[int]] = [[] for _ in prompts]
     began = time.perf_counter()
+    # `generate` takes what `greedy` leaves open, such as a repetition penalty, from the model's own settings
+    own_settings, model.generation_config = model.generation_config, greedy
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         width = max(len(prompts[index]) for index in batch)
@@ -60,28 +74,14 @@ def generate(
             output = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                use_cache=True,
-                eos_token_id=sorted(ends),
-                pad_token_id=tokenizer.pad_token_id,
             )
         for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
             token_ids[index] = _until(ids, ends)
+    model.generation_config = own_settings
     seconds = time.perf_counter() - began
     # the end token takes a step too, hence the 1
     n_tokens = sum(min(len(ids) + 1, max_new_tokens) for ids in token_ids)
-    return Answers(token_ids, tokenizer.batch_decode(token_ids, skip_special_tokens=True), n_tokens / seconds)
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return EOS and the end tokens of the model's generation config, such as an end of turn."""
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return {token for token in [tokenizer.eos_token_id, *named] if token is not None}
+    return Answers(token_ids, list(map(read, token_ids)), n_tokens / seconds)
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:

@@ -8,12 +8,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from raylora.base.load import compute_dtype, load_base_model
-from raylora.base.locate import find_checkpoint, load_tokenizer
-from raylora.data.of_run import tokens_of_run
+from raylora.base.serving import end_tokens
+from raylora.data.answers import AnswerReader
+from raylora.data.of_run import data_of_run
 from raylora.data.rows import load_part
 from raylora.errors import RunDirectoryError
 from raylora.evaluate.generate import Answers, generate
-from raylora.evaluate.scores import agreement, bleu_p_value, score
+from raylora.evaluate.scores import agreement, bleu_p_value, score, score_calls
 from raylora.merge.write import load_merged
 from raylora.run.atomic import write_json
 from raylora.run.directory import RunDirectory
@@ -29,7 +30,7 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
     Returns:
         n_rows: number of held-out rows.
         n_prompts: number of these with a prompt to generate from.
-        models: name -> heldout_loss (nats per token), the scores of `score`, tokens_per_second.
+        models: name -> heldout_loss (nats per token), the scores of `score` and `score_calls`, tokens_per_second.
         agreement_with_adapter: merged model -> the shares of `agreement`, and bleu_p_value.
         samples: prompts, references and all answers, as text.
 
@@ -42,8 +43,10 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
         raise RunDirectoryError(f"{run.path} holds no merged model yet; run `python -m raylora.merge {run.path}` first")
     device = "cuda:0" if provenance["on_gpu"] and torch.cuda.is_available() else "cpu"
     section, cache_dir = config.base_model, run.cache(config)
-    tokenizer = load_tokenizer(section, find_checkpoint(section, cache_dir))
-    heldout = load_part(tokens_of_run(run, config), "heldout")
+    data = data_of_run(run, config)
+    tokenizer = data.tokenizer()
+    reader = AnswerReader(tokenizer, is_chat=data.summaries["heldout"].conversations > 0)
+    heldout = load_part(data.tokens_dir, "heldout")
     prompts = heldout.filter(lambda row: len(row["prompt_ids"]) > 0, keep_in_memory=True)
     answers: dict[str, Answers] = {}
     models: dict[str, dict[str, float]] = {}
@@ -58,10 +61,13 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
                 model,
                 tokenizer,
                 list(prompts["prompt_ids"]),
+                stop_token_ids=sorted({*data.stop_token_ids, *end_tokens(model.generation_config)}),
                 max_new_tokens=config.evaluation.max_new_tokens,
                 batch_size=config.evaluation.batch_size,
+                read=reader.text,
             )
             scores = score(answers[name].texts, list(prompts["references"]), config.evaluation.answer_pattern)
+            scores |= score_calls(list(map(reader.calls, answers[name].token_ids)), list(prompts["calls"]))
             models[name] |= {**scores, "tokens_per_second": answers[name].tokens_per_second}
 
     base = load_base_model(section, cache_dir, device)

@@ -53,6 +53,21 @@ def score(texts: list[str], references: list[list[str]], answer_pattern: str | N
     return scores
 
 
+def score_calls(answered: list[str], expected: list[str]) -> dict[str, float]:
+    """Score tool calls against the expected ones: names and arguments, in the same order.
+
+    Args:
+        answered: tool calls of each answer as JSON text with sorted keys; empty if there are none.
+        expected: those that the data has, likewise.
+
+    Returns:
+        tool_call_match: share of the answers with the expected calls, out of those where calls are expected; nothing
+            if none are.
+    """
+    pairs = [pair for pair in zip(answered, expected, strict=True) if pair[1]]
+    return {"tool_call_match": sum(a == b for a, b in pairs) / len(pairs)} if pairs else {}
+
+
 def agreement(one: Answers, other: Answers) -> dict[str, float]:
     """Compare the answers of two models to the same prompts, token by token.
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from raylora.base.locate import find_checkpoint, load_tokenizer
+from raylora.base.serving import ServingFiles
 from raylora.config.load import build_merge_config, change_config
-from raylora.config.schema import BaseModelSection
-from raylora.data.of_run import tokens_of_run
+from raylora.data.of_run import data_of_run
 from raylora.data.prepare import prepare_data
 from raylora.errors import DeviceError, RunDirectoryError
 from raylora.merge.adapter_update import find_adapter
@@ -30,30 +30,33 @@ REPORT = "merge.json"
 
 
 def save_best_adapter(run: RunDirectory) -> TrialRow:
-    """Copy the best trial's adapter, in peft's format, to `best_adapter`.
+    """Copy the best trial's adapter, in peft's format, to `best_adapter`, with what serves it.
 
     Raises:
         RunDirectoryError: no trial reached the full budget.
     """
-    base, best = run.config().base_model, SearchState.load(run).best()
+    best = SearchState.load(run).best()
     if best is None:
         raise RunDirectoryError(f"{run.path} holds no trial that reached the full budget, so none can be called best")
-    _save_adapter(run, base, best, run.best_adapter)
+    _save_adapter(run, best, run.best_adapter)
     return best
 
 
-def _save_adapter(run: RunDirectory, base: BaseModelSection, trial: TrialRow, directory: Path) -> None:
-    """Copy a trial's adapter to a directory, and write the base's name into its config."""
+def _save_adapter(run: RunDirectory, trial: TrialRow, directory: Path) -> None:
+    """Copy a trial's adapter to a directory. Add the base's name, the tokenizer and the generation settings."""
     assert trial.checkpoint is not None  # written before its loss was reported
-    checkpoint = run.path / trial.checkpoint
+    checkpoint, config = run.path / trial.checkpoint, run.config()
+    base, data = config.base_model, data_of_run(run, config)
+    serving = ServingFiles.of_training(data.tokenizer(), find_checkpoint(base, run.cache(config)), data.stop_token_ids)
     with replacing(directory) as temporary:
         temporary.mkdir()
         shutil.copy(checkpoint / "adapter_model.safetensors", temporary)
-        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+        adapter_config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
         write_json(
             temporary / "adapter_config.json",
-            {**config, "base_model_name_or_path": base.name, "revision": base.revision},
+            {**adapter_config, "base_model_name_or_path": base.name, "revision": base.revision},
         )
+        serving.save(temporary)
 
 
 def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dict[str, Any]:
@@ -85,14 +88,14 @@ def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dic
         settings=config.merge,
         cache_dir=run.cache(config),
         device=choose_device("auto" if provenance["on_gpu"] else "cpu"),
-        tokens_dir=tokens_of_run(run, config),
+        tokens_dir=data_of_run(run, config).tokens_dir,
         batch_size=config.training.per_device_eval_batch_size,
     )
     best, candidates = state.best(), {}
     if config.search.objective == "merged_eval_loss":
         candidates = _merge_leaders(run, state, job)
         best = state.trials[min(candidates, key=lambda number: candidates[number])]
-        _save_adapter(run, job.base, best, run.best_adapter)
+        _save_adapter(run, best, run.best_adapter)
     result = {"trial": best.number if best else None, "merged_candidates": candidates, **merge_adapter(job)}
     write_json(run.merge_file, result)
     return result
@@ -108,7 +111,7 @@ def _merge_leaders(run: RunDirectory, state: SearchState, job: MergeJob) -> dict
     for trial in state.finished()[:MERGED_CANDIDATES]:
         with tempfile.TemporaryDirectory(prefix=f"{PREFIX}merged-", dir=run.path) as folder:
             adapter = Path(folder) / "adapter"
-            _save_adapter(run, job.base, trial, adapter)
+            _save_adapter(run, trial, adapter)
             result = merge_adapter(replace(job, adapter=adapter, outputs={}))
             losses[trial.number] = result["models"][result["strategy"]]["eval_loss"]
     return losses

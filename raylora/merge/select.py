@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from raylora.base.checkpoint_io import local_directory
 from raylora.base.load import compute_dtype, is_quantized, load_base_model, nf4_checkpoint
-from raylora.base.locate import find_checkpoint, load_model_config, load_tokenizer
+from raylora.base.locate import find_checkpoint, load_model_config
+from raylora.base.serving import ServingFiles
 from raylora.errors import MergeError
 from raylora.merge.calibrate import calibrate
 from raylora.merge.evaluator import MergeEvaluator
@@ -65,14 +66,14 @@ def merge_adapter(job: MergeJob, evaluator: MergeEvaluator | None = None) -> dic
     Raises:
         MergeError: adapter and base do not fit, the disk is too small, or a format cannot be made from this base.
     """
-    tokenizer = load_tokenizer(job.base, find_checkpoint(job.base, job.cache_dir))
+    serving = ServingFiles.of_adapter(job.adapter, job.base, find_checkpoint(job.base, job.cache_dir))
     reader = open_reader(job)
     job.folder.mkdir(parents=True, exist_ok=True)
     _check_disk(job, reader)
     with tempfile.TemporaryDirectory(prefix=f"{PREFIX}merge-", dir=job.folder) as folder:
-        evaluator = evaluator or MergeEvaluator(job, tokenizer)
+        evaluator = evaluator or MergeEvaluator(job, serving.tokenizer)
         best = _choose_best(job, reader, evaluator, Path(folder))
-        forms = {form: _write(form, job, reader, best, evaluator, tokenizer) for form in job.outputs}
+        forms = {form: _write(form, job, reader, best, evaluator, serving) for form in job.outputs}
     increase = best.eval_loss() / evaluator.models["adapter"]["eval_loss"] - 1 if evaluator.models else None
     return {
         "strategy": best.strategy,
@@ -179,16 +180,16 @@ def _write(
     reader: LayerReader,
     best: RoundedModel,
     evaluator: MergeEvaluator,
-    tokenizer: PreTrainedTokenizerBase,
+    serving: ServingFiles,
 ) -> dict[str, Any]:
     """Write one format, load it as any user would, and measure the loaded model."""
     began, directory = time.perf_counter(), job.outputs[form]
     if form == "nf4":
-        write_nf4(reader, best.weights, directory, tokenizer)
+        write_nf4(reader, best.weights, directory, serving)
     elif form == "bf16":
-        write_bf16(reader, directory, tokenizer)
+        write_bf16(reader, directory, serving)
     else:
-        write_residual(reader, directory, tokenizer, r=job.settings.residual_rank)
+        write_residual(reader, directory, serving, r=job.settings.residual_rank)
     measured = evaluator.measure(_load(job, directory)) if evaluator.models else {}
     if form == "nf4" and measured.get("logits_sha256") != best.facts.get("logits_sha256"):
         raise MergeError(f"the model reloaded from {directory} gives other logits than the one that was saved there")

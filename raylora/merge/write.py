@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from raylora.base import nf4
 from raylora.base.checkpoint_io import ShardWriter, edit_config
 from raylora.base.load import load_plain
+from raylora.base.serving import ServingFiles
 from raylora.merge.layer_reader import LayerReader
 from raylora.merge.strategies import RoundedWeights
 from raylora.run.atomic import replacing
@@ -36,16 +37,14 @@ def load_into(model: PreTrainedModel, reader: LayerReader, rounded: RoundedWeigh
         parameter.data = tensor.to(parameter.device, parameter.dtype)
 
 
-def write_nf4(
-    reader: LayerReader, rounded: RoundedWeights | None, directory: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def write_nf4(reader: LayerReader, rounded: RoundedWeights | None, directory: Path, serving: ServingFiles) -> None:
     """Write the merged model in NF4. Layers without an update stay equal to the base, bit for bit.
 
     Args:
         reader: reads the layers of base and adapter.
         rounded: merged weights of all layers; None writes the base's own.
         directory: replaced if it exists.
-        tokenizer: written beside the model.
+        serving: written beside the model.
     """
     layers, plain = set(reader.layers) if rounded else set(), reader.other_parameters()
     with replacing(directory) as temporary:
@@ -59,10 +58,10 @@ def write_nf4(
                 writer.add(reader.checkpoint.tensors(name))
         writer.add(plain)
         writer.close()
-        _write_rest(reader, temporary, plain, tokenizer)
+        _write_rest(reader, temporary, plain, serving)
 
 
-def write_bf16(reader: LayerReader, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_bf16(reader: LayerReader, directory: Path, serving: ServingFiles) -> None:
     """Write the dequantized base plus the update in bfloat16: the model with the unmerged adapter, up to rounding."""
     layers, plain = set(reader.layers), reader.other_parameters()
     with replacing(directory) as temporary:
@@ -82,11 +81,11 @@ def write_bf16(reader: LayerReader, directory: Path, tokenizer: PreTrainedTokeni
             writer.add({name: _to_bf16(weight.T if reader.updates.is_transposed(layer) else weight)})
         writer.add({name: _to_bf16(tensor) for name, tensor in plain.items()})
         writer.close()
-        _write_rest(reader, temporary, plain, tokenizer)
+        _write_rest(reader, temporary, plain, serving)
         edit_config(temporary, dtype="bfloat16", quantization_config=None)
 
 
-def write_residual(reader: LayerReader, directory: Path, tokenizer: PreTrainedTokenizerBase, *, r: int) -> None:
+def write_residual(reader: LayerReader, directory: Path, serving: ServingFiles, *, r: int) -> None:
     """Write the base in NF4 and, in the folder `adapter`, an adapter of rank r that approximates the update.
 
     The error of rounding has full rank, so no small adapter could hold it. Therefore the base is not rounded anew, and
@@ -95,12 +94,12 @@ def write_residual(reader: LayerReader, directory: Path, tokenizer: PreTrainedTo
     Args:
         reader: reads the layers of base and adapter.
         directory: replaced if it exists.
-        tokenizer: written beside the model.
+        serving: written beside the model.
         r: rank of the adapter, >= 1.
 
     Source: the truncated singular value decomposition is the best approximation of rank r (Eckart and Young 1936).
     """
-    write_nf4(reader, None, directory, tokenizer)
+    write_nf4(reader, None, directory, serving)
     factors = {}
     for name in reader.layers:
         base_weight = reader.base_weight(name)
@@ -126,12 +125,10 @@ def load_merged(directory: Path, device: str, dtype: torch.dtype) -> PreTrainedM
     return PeftModel.from_pretrained(model, str(adapter)).eval() if adapter.is_dir() else model
 
 
-def _write_rest(
-    reader: LayerReader, directory: Path, plain: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Write config and tokenizer. They come last, so that a directory with a config is complete."""
+def _write_rest(reader: LayerReader, directory: Path, plain: dict[str, torch.Tensor], serving: ServingFiles) -> None:
+    """Write config, tokenizer and generation settings. They come last: a directory with a config is complete."""
     reader.checkpoint.copy_rest(directory)
-    tokenizer.save_pretrained(directory)
+    serving.save(directory)
     if reader.unties_embeddings(plain):
         edit_config(directory, tie_word_embeddings=False)
 

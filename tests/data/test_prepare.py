@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from raylora.config.schema import DataSection
-from raylora.data.chat import CHATML
-from raylora.data.formats import to_examples
+from raylora.data.chat_template import CHATML
+from raylora.data.formats import Conversation, Example, TextExample, detect_format, to_examples
 from raylora.data.prepare import prepare_data
 from raylora.data.read import HfApi, hub_commit, read_rows
 from raylora.data.rows import load_part
@@ -32,7 +32,7 @@ def test_all_four_file_types_give_the_same_rows(tmp_path: Path) -> None:
     pa.csv.write_csv(pa.Table.from_pylist(ROWS), tmp_path / "a.csv")
     pa.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
-        assert read_rows(str(tmp_path / name)) == ROWS
+        assert read_rows(str(tmp_path / name)) == {str(tmp_path / name): ROWS}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_all_four_file_types_give_the_same_rows(tmp_path: Path) -> None:
         ("broken.jsonl", '{"a": 1}\n{"a": \n', r"broken\.jsonl:2: broken JSON"),
         ("list.jsonl", "[1]\n", r"list\.jsonl:1: must be a JSON object"),
         ("object.json", '{"a": 1, "b": 2}', r"object\.json: must be a JSON array of objects"),
-        ("file.txt", "x", r"must end in \.jsonl, \.json, \.csv, \.parquet, found \.txt"),
+        ("file.txt", "x", r"must end in \.jsonl, .*, \.parquet, or in one of these and \.gz, .* found \.txt"),
         ("bad.parquet", "x", r"bad\.parquet is not a readable parquet file"),
     ],
 )
@@ -55,39 +55,58 @@ def test_unreadable_files_say_where(tmp_path: Path, name: str, content: str | No
         read_rows(str(tmp_path / name))
 
 
+def converted(row: dict, format: str = "auto") -> Example:
+    (example,) = to_examples([row], detect_format(row, "x") if format == "auto" else format, source="x")
+    return example
+
+
 def test_each_dataset_format_is_told_from_its_columns() -> None:
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    cases = {
-        "prompt-completion": ({"prompt": "hi", "completion": "yo"}, "hi", "yo"),
-        "text": ({"text": "<s>[INST] hi [/INST] yo </s>"}, "<s>[INST] hi [/INST]", "yo"),
-        "messages": ({"messages": chat}, tuple(chat[:1]), "yo"),
-        "conversations": (
-            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
-            tuple(chat[:1]),
-            "yo",
-        ),
-    }
-    for row, prompt, answer in cases.values():
-        (example,) = to_examples([row], "auto", source="x")
-        assert example.prompt == prompt
-        assert example.references == (answer,)
-    (alpaca,) = to_examples([{"instruction": "add", "input": "1 1", "output": "2"}], "auto", source="x")
-    assert alpaca.prompt.endswith("### Instruction:\nadd\n\n### Input:\n1 1\n\n### Response:\n")
+    chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"})
+    rows: list[dict] = [
+        {"messages": list(chat)},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+        {"conversations": {"from": ["human", "gpt"], "value": ["hi", "yo"]}},
+        {"prompt": [chat[0]], "completion": "yo"},
+        {"instruction": "hi", "input": "", "output": "yo"},
+    ]
+    for row in rows:
+        assert converted(row) == Conversation(chat, (False, True))
+    assert converted({"prompt": "hi", "completion": "yo"}) == TextExample("hi", "yo", ("yo",), False)
+    text = converted({"text": "<s>[INST] hi [/INST] yo </s>"})
+    assert text == TextExample("<s>[INST] hi [/INST]", " yo </s>", ("yo",), True)
 
 
 @pytest.mark.parametrize(
-    ("rows", "format", "message"),
+    ("rows", "message"),
     [
-        ([{"question": "x"}], "auto", r"no known dataset format has the columns question; known are text: text"),
-        ([ROWS[0], {"prompt": "x"}], "auto", r"row 2 has no completion; its columns: prompt"),
-        ([{"prompt": 3, "completion": "x"}], "auto", r"row 1 is not of format prompt-completion: prompt must be text"),
-        ([{"messages": [{"role": "user", "content": "x"}]}], "auto", "a conversation needs an assistant message"),
-        ([{"conversations": [{"from": "bot", "value": "x"}]}], "auto", "unknown speaker 'bot'"),
+        ([{"question": "x"}], r"no known dataset format has the columns question; known are .*`data\.columns"),
+        ([ROWS[0], {"prompt": "x"}], r"row 2 has no completion; its columns: prompt"),
+        ([{"prompt": 3, "completion": "x"}], r"row 1 is not of format prompt-completion: prompt must be text"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], "a conversation needs an assistant message"),
+        ([{"conversations": [{"from": "judge", "value": "x"}]}], "message 1: unknown speaker 'judge'"),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}],
+            "message 1: content has a part of type image_url; only text can be trained on",
+        ),
+        (
+            [{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}],
+            r"message 1: weight must be 0, 1 or a boolean, found 0\.5",
+        ),
+        (
+            [{"messages": [{"role": "system", "content": "x"}], "system": "y"}],
+            "has a `system` column and a system message; only one of them can be used",
+        ),
+        (
+            [{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}],
+            "message 1: arguments must be JSON, found '{'",
+        ),
+        ([{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"type": "x"}]}], "tool 1 of `tools` has no"),
+        ([{"instruction": "x", "output": "y", "history": [["a"]]}], r"history must be a list of \[question, answer\]"),
     ],
 )
-def test_rows_that_fit_no_dataset_format_say_which(rows: list[dict], format: str, message: str) -> None:
+def test_rows_that_fit_no_dataset_format_say_which(rows: list[dict], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        to_examples(rows, format, source="x")
+        to_examples(rows, detect_format(rows[0], "x"), source="x")
 
 
 def test_parts_share_no_prompt_and_depend_on_the_seed_alone(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from raylora.data.chat import CHATML
-from raylora.data.formats import to_examples
+from raylora.data.chat_template import CHATML
+from raylora.data.formats import detect_format, to_examples
 from raylora.data.rows import IGNORE
-from raylora.data.tokenize import encode
+from raylora.data.tokenize import Encoder
 
 
 @pytest.fixture
@@ -20,6 +20,12 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def encode(row: dict, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool = True) -> dict:
+    (example,) = to_examples([row], detect_format(row, "x"), source="x")
+    (encoded,) = Encoder(tokenizer, completion_only=completion_only, template_kwargs={}).rows(example)
+    return encoded
 
 
 CHAT = [{"role": "user", "content": "say one"}, {"role": "assistant", "content": "one"}]
@@ -44,16 +50,14 @@ def test_tokens_and_labels_equal_trls(
         processing_class=tokenizer,
     )
     expected = trainer.train_dataset[0]
-    (example,) = to_examples([row], "auto", source="x")
-    encoded = encode(example, tokenizer, completion_only=True)
+    encoded = encode(row, tokenizer)
     assert encoded["input_ids"] == expected["input_ids"]
     assert encoded["labels"] == expected["labels"]
 
 
 def test_the_loss_mask_covers_every_assistant_turn_and_nothing_else(tokenizer: PreTrainedTokenizerBase) -> None:
     turns = [*CHAT, {"role": "user", "content": "say two"}, {"role": "assistant", "content": "two"}]
-    (example,) = to_examples([{"messages": turns}], "auto", source="x")
-    encoded = encode(example, tokenizer, completion_only=True)
+    encoded = encode({"messages": turns}, tokenizer)
     trained = [token for token in encoded["labels"] if token != IGNORE]
     assert tokenizer.decode(trained) == "one<|im_end|>\ntwo<|im_end|>\n"
     assert tokenizer.decode(encoded["prompt_ids"]).endswith("say two<|im_end|>\n<|im_start|>assistant\n")
@@ -66,8 +70,7 @@ def test_the_seed_articles_text_rows_get_one_bos_and_one_eos(tokenizer: PreTrain
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=bos
     )
-    (example,) = to_examples([{"text": "<s>[INST] hi [/INST] yo </s>"}], "auto", source="x")
-    encoded = encode(example, tokenizer, completion_only=True)
+    encoded = encode({"text": "<s>[INST] hi [/INST] yo </s>"}, tokenizer)
     assert encoded["input_ids"].count(tokenizer.bos_token_id) == 1
     assert encoded["input_ids"].count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(encoded["prompt_ids"]) == "<s>[INST] hi [/INST]"
@@ -75,6 +78,5 @@ def test_the_seed_articles_text_rows_get_one_bos_and_one_eos(tokenizer: PreTrain
 
 
 def test_completion_only_can_be_turned_off(tokenizer: PreTrainedTokenizerBase) -> None:
-    (example,) = to_examples([{"prompt": "a", "completion": " b"}], "auto", source="x")
-    encoded = encode(example, tokenizer, completion_only=False)
+    encoded = encode({"prompt": "a", "completion": " b"}, tokenizer, completion_only=False)
     assert encoded["labels"] == encoded["input_ids"]

@@ -1,0 +1,162 @@
+"""Reads one data file into plain rows: JSONL, JSON, CSV, TSV or Parquet, compressed or not, here or behind a URL."""
+
+import csv
+import io
+import json
+import re
+import sys
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet
+
+from raylora.data.messages import strings
+from raylora.errors import DataError, first_line
+
+Row = dict[str, Any]
+"""One row: column -> value."""
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""File types that are read."""
+
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+"""Suffix of a compressed file -> codec by its name in pyarrow."""
+
+BYTE_ORDER_MARKS = {BOM_UTF8: "utf-8-sig", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
+"""First bytes of a text -> its encoding."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def file_type(path: str) -> str:
+    """Return the suffix that tells how to read a file, without that of its compression; empty if there is none."""
+    name = PurePosixPath(path.lower())
+    return PurePosixPath(name.stem).suffix if name.suffix in CODECS else name.suffix
+
+
+def read_file(path: str) -> list[Row]:
+    """Read all rows of a file.
+
+    Args:
+        path: local path, or URL of a file system that fsspec knows.
+
+    Raises:
+        DataError: the file is missing, empty, broken (with the line), in an unknown encoding, or of an unknown type.
+    """
+    type = file_type(path)
+    if type not in SUFFIXES:
+        raise DataError(
+            f"{path}: must end in {', '.join(SUFFIXES)}, or in one of these and {', '.join(CODECS)}, "
+            f"found {type or 'no suffix'}"
+        )
+    content = _content(path)
+    if not content:
+        raise DataError(f"{path} is empty")
+    if type == ".parquet":
+        try:
+            return pyarrow.parquet.read_table(pa.BufferReader(content)).to_pylist()
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path} is not a readable parquet file: {first_line(error)}") from error
+    text = _decoded(content, path)
+    if type in (".csv", ".tsv"):
+        return _read_csv(text, path)
+    return _read_json(text, path) if type == ".json" else _read_jsonl(text, path)
+
+
+def _content(path: str) -> bytes:
+    """Return the bytes of a file, decompressed."""
+    codec = CODECS.get(PurePosixPath(path.lower()).suffix)
+    try:
+        with fsspec.open(path, "rb") as file:
+            return pa.CompressedInputStream(file, codec).read() if codec else file.read()
+    except FileNotFoundError as error:
+        raise DataError(f"data file not found: {path}") from error
+    except ImportError as error:  # fsspec names the package
+        raise DataError(f"{path}: {first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _decoded(content: bytes, path: str) -> str:
+    """Decode text by its byte order mark; without one it must be UTF-8."""
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        guess = "utf-16" if b"\0" in content[:100] else "cp1252"
+        raise DataError(
+            f"{path}:{line} is not {encoding.upper()}: byte 0x{content[error.start]:02x}; if it is {guess}, convert "
+            f"it by `iconv -f {guess} -t utf-8 FILE > NEW`"
+        ) from error
+
+
+def _read_jsonl(text: str, path: str) -> list[Row]:
+    """Read a JSON object per line. Blank lines are skipped."""
+    rows = []
+    for number, line in enumerate(re.split("\r\n|\n|\r", text), 1):
+        if line.strip():
+            row = _parse(line, f"{path}:{number}")
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: must be a JSON object, found {line.strip()[:60]}")
+            rows.append(row)
+    return rows
+
+
+def _read_json(text: str, path: str) -> list[Row]:
+    """Read a JSON array of objects, an object whose only value is such an array, or a JSON object per line."""
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return _read_jsonl(text, path)
+        raise DataError(f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from error
+    if isinstance(rows, dict) and len(rows) == 1:
+        (rows,) = rows.values()
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: must be a JSON array of objects")
+    for number, row in enumerate(rows, 1):
+        _check_text(row, f"{path}: row {number}")
+    return rows
+
+
+def _read_csv(text: str, path: str) -> list[Row]:
+    """Read delimited text with a header. Every value is text; line breaks in quotes are kept as they are."""
+    csv.field_size_limit(sys.maxsize)  # 128 KiB by default, which long answers exceed
+    header = text.partition("\n")[0]
+    delimiter = "\t" if file_type(path) == ".tsv" else max(",;\t", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = next(reader)
+        rows = []
+        for values in reader:
+            if not values:
+                continue  # a blank line
+            if len(values) != len(names):
+                raise DataError(f"{path}:{reader.line_num}: {len(names)} columns expected, found {len(values)}")
+            rows.append(dict(zip(names, values, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: broken CSV: {error}") from error
+    return rows
+
+
+def _parse(text: str, where: str) -> Any:
+    """Parse JSON. `where` opens the error message."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}: {text.strip()[:60]}") from error
+    _check_text(value, where)
+    return value
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Check that all strings can be encoded. JSON can spell half of a character, such as `\\ud83d`."""
+    if any(_SURROGATE.search(text) for text in strings(value)):
+        raise DataError(
+            f"{where}: holds half of a surrogate pair, such as \\ud83d, which is no character; "
+            "cut texts between characters, or write the file with ensure_ascii=False"
+        )
