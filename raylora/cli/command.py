@@ -5,6 +5,7 @@
 
 import errno
 import functools
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -92,9 +93,20 @@ def new_folder(path: Path) -> Path:
     Raises:
         ConfigError: it is not empty.
     """
-    path = path.expanduser().resolve()
+    path = local_path(path).expanduser().resolve()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(f"{path} is not empty, and nothing is overwritten; name another folder by --output")
+    return path
+
+
+def local_path(path: Path) -> Path:
+    """Return a path that a command is to write to.
+
+    Raises:
+        ConfigError: it is a URL.
+    """
+    if re.match("[a-z0-9]+:/", str(path)):  # pathlib makes one slash of two
+        raise ConfigError(f"--output must be a local path, found {str(path).replace(':/', '://')}")
     return path
 
 

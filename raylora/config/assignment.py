@@ -9,6 +9,12 @@ Value = bool | int | float | str
 """Value of one hyperparameter. Optuna's categorical choices allow no lists."""
 
 
+Schedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
+"""Learning rate schedule, by its name in transformers."""
+
+
 class Assignment(BaseModel):
     """Hyperparameters of one trial. Names follow peft and transformers."""
 
@@ -38,9 +44,7 @@ class Assignment(BaseModel):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
     """Share of the full budget in which the learning rate rises from 0, in [0, 1)."""
 
-    lr_scheduler_type: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
-    ]
+    lr_scheduler_type: Schedule
     """Learning rate schedule, by its name in transformers."""
 
     per_device_train_batch_size: PositiveInt

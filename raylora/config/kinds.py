@@ -173,9 +173,32 @@ def _parse_range(key: str, kind: str, argument: Any, times: str | None) -> Range
     return Range(low, high, log=log, integer=integer, times=times)
 
 
-def required_parameter(kind: Kind) -> str | None:
-    """Return the name of the parameter that a kind depends on, or None."""
-    return kind.depends_on if isinstance(kind, Cases) else kind.times
+def required_parameters(kind: Kind) -> list[str]:
+    """Return the names of the parameters that a kind depends on."""
+    if isinstance(kind, Cases):
+        return [kind.depends_on, *(name for _, case in kind.cases for name in required_parameters(case))]
+    return [kind.times] if kind.times is not None else []
+
+
+def corners(kind: Kind, kinds: dict[str, Kind]) -> list[Value]:
+    """Return the extreme values that a parameter can take, those of all cases and with the factor of `times`.
+
+    Args:
+        kind: kind of the parameter.
+        kinds: parameter name -> kind, of the whole space.
+
+    Raises:
+        ConfigError: `times` would multiply a string.
+    """
+    if isinstance(kind, Cases):
+        return [value for _, case in kind.cases for value in corners(case, kinds)]
+    if kind.times is None:
+        return kind.corners()
+    return [
+        multiplied(value, kind.times, {kind.times: factor})
+        for value in kind.corners()
+        for factor in corners(kinds[kind.times], kinds)
+    ]
 
 
 def plain_value(value: Any) -> Value:

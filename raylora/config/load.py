@@ -106,8 +106,8 @@ def _with_absolute_paths(config: SearchConfig) -> SearchConfig:
     """Return the config with absolute paths of files, since the processes of lanes run in other directories."""
 
     def absolute(section: Any, *names: str) -> Any:
-        found = {name: Path(getattr(section, name) or "").expanduser() for name in names if getattr(section, name)}
-        return section.model_copy(update={name: str(path.resolve()) for name, path in found.items() if path.exists()})
+        found = {name: Path(getattr(section, name)).expanduser() for name in names if getattr(section, name)}
+        return section.model_copy(update={name: str(path.resolve()) for name, path in found.items() if _is_local(path)})
 
     return config.model_copy(
         update={
@@ -115,6 +115,11 @@ def _with_absolute_paths(config: SearchConfig) -> SearchConfig:
             "data": absolute(config.data, "train", "validation", "heldout", "chat_template"),
         }
     )
+
+
+def _is_local(path: Path) -> bool:
+    """Return True for a path of this machine, or a pattern of such paths, and False for a Hub id or a URL."""
+    return path.exists() or ("*" in path.name and ":" not in path.parts[0])
 
 
 def dump_config(config: SearchConfig) -> str:
@@ -156,7 +161,8 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{key}: required, but not given"
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
+        named = ".".join(part for part in location if "[" not in part)  # pydantic names our check too
+        return f"{named}: {item['ctx']['error']}" if named else str(item["ctx"]["error"])
     rule = item["msg"].replace("Input should be", "must be")
     return f"{key} = {item['input']!r}: {rule}"
 

@@ -2,10 +2,13 @@
 
 import itertools
 import math
-from typing import Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from raylora.config.assignment import Schedule, hint
+from raylora.config.optimizers import OPTIMIZERS
 from raylora.config.space import SearchSpace, parse_space
 from raylora.errors import ConfigError
 
@@ -14,6 +17,34 @@ class Section(BaseModel):
     """Base class of all sections: frozen, strict about types, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def _known_optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name}{hint(name, OPTIMIZERS)}")
+    return name
+
+
+def _share_or_count(size: float) -> float:
+    if size >= 1 and not float(size).is_integer():
+        raise ValueError(f"must be a share below 1, or a whole number of rows, found {size}")
+    return size
+
+
+def _pattern_with_group(pattern: str) -> str:
+    try:
+        n_groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from error
+    if not n_groups:
+        raise ValueError("must have a group (...), which is the answer")
+    return pattern
+
+
+def _local_path(path: str) -> str:
+    if "://" in path:
+        raise ValueError(f"must be a local path, found {path}")
+    return path
 
 
 class BaseModelSection(Section):
@@ -83,10 +114,10 @@ class DataSection(Section):
     completion_only_loss: bool = True
     """True to train on completions (assistant turns) only, in formats that mark them."""
 
-    validation_size: float | int = Field(0.1, gt=0)
+    validation_size: Annotated[float | int, AfterValidator(_share_or_count)] = Field(0.1, gt=0)
     """Rows to split off for validation: a share below 1, or a count."""
 
-    heldout_size: float | int = Field(0.1, gt=0)
+    heldout_size: Annotated[float | int, AfterValidator(_share_or_count)] = Field(0.1, gt=0)
     """Rows to split off as held-out: a share below 1, or a count."""
 
     max_train_rows: PositiveInt | None = None
@@ -120,7 +151,7 @@ class TrainingSection(Section):
     num_train_epochs: float = Field(1.0, gt=0)
     """Full budget of a trial in passes over the training rows, used if `max_steps` is None."""
 
-    optim: str = "adamw_torch"
+    optim: Annotated[str, AfterValidator(_known_optimizer)] = "adamw_torch"
     """Optimizer by its name in transformers; `paged_adamw_32bit` needs a GPU and falls back to `adamw_torch`."""
 
     max_grad_norm: float = Field(1.0, ge=0)
@@ -149,7 +180,7 @@ class TrainingSection(Section):
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     """Share of the full budget in which the learning rate rises from 0."""
 
-    lr_scheduler_type: str = "constant_with_warmup"
+    lr_scheduler_type: Schedule = "constant_with_warmup"
     """Learning rate schedule, by its name in transformers."""
 
     per_device_train_batch_size: PositiveInt = 4
@@ -253,7 +284,7 @@ class EvaluationSection(Section):
     batch_size: PositiveInt = 8
     """Prompts per generation batch."""
 
-    answer_pattern: str | None = None
+    answer_pattern: Annotated[str, AfterValidator(_pattern_with_group)] | None = None
     """Regular expression whose first group is the answer to compare as a number, e.g. `#### (.+)` for GSM8K."""
 
     n_samples: int = Field(5, ge=0)
@@ -279,7 +310,7 @@ class SearchConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the lanes: `cuda` demands a GPU for each lane, `auto` uses GPUs if there are any."""
 
-    cache_dir: str | None = None
+    cache_dir: Annotated[str, AfterValidator(_local_path)] | None = None
     """Directory of tokens and quantized bases; None is `.cache` beside the run directory."""
 
     @model_validator(mode="after")
@@ -350,5 +381,5 @@ class MergeConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the merge: `cuda` demands a GPU, `auto` uses one if there is one."""
 
-    cache_dir: str | None = None
+    cache_dir: Annotated[str, AfterValidator(_local_path)] | None = None
     """Directory of tokens and quantized bases; None is `.cache` beside the output."""

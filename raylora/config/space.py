@@ -19,11 +19,12 @@ from raylora.config.kinds import (
     Kind,
     Range,
     Suggester,
+    corners,
     multiplied,
     parse_kind,
     plain_value,
     quotient,
-    required_parameter,
+    required_parameters,
     same_value,
 )
 from raylora.errors import ConfigError
@@ -59,10 +60,12 @@ class SearchSpace:
                 raise ConfigError(f"{where}: {name} is not in the space{hint(name, self.kinds)}")
         enqueued: dict[str, Value] = {}
         for name in [name for name in self.kinds if name in point]:
-            needs = required_parameter(self.kinds[name])
-            if needs and needs not in point:
-                raise ConfigError(f"{where}: {name} depends on {needs}, which the point must name too")
+            depends_on = getattr(self.kinds[name], "depends_on", None)
+            if depends_on is not None:
+                _check_named(name, depends_on, point, where)
             optuna_name, kind = self._resolve(name, point)
+            if kind.times is not None:
+                _check_named(name, kind.times, point, where)
             value = plain_value(point[name])
             if kind.times is not None:
                 value = quotient(value, point[kind.times])
@@ -104,6 +107,12 @@ class SearchSpace:
         return (f"{name}/{kind.times}" if kind.times else name), kind
 
 
+def _check_named(name: str, needs: str, point: dict[str, Value], where: str) -> None:
+    """Check that a point names the parameter that another depends on."""
+    if needs not in point:
+        raise ConfigError(f"{where}: {name} depends on {needs}, which the point must name too")
+
+
 def parse_space(space: dict[str, Any]) -> SearchSpace:
     """Parse and check the `space` section.
 
@@ -135,8 +144,7 @@ def _ordered(kinds: dict[str, Kind]) -> dict[str, Kind]:
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
             raise ConfigError(f"space: {' -> '.join([*path, name])} depend on each other")
-        needs = required_parameter(kinds[name])
-        if needs is not None:
+        for needs in required_parameters(kinds[name]):
             if needs not in kinds:
                 raise ConfigError(f"space.{name}: depends on {needs}, which the space does not name")
             visit(needs, (*path, name))
@@ -152,17 +160,20 @@ def _check_range(name: str, kind: Kind, kinds: dict[str, Kind]) -> None:
     field = Assignment.model_fields[name]
     adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
     if isinstance(kind, Cases):
-        for _, case in kind.cases:
-            _check_range(name, case, kinds)
-        return
-    factors: list[Value] = [1]
-    if kind.times is not None:
-        other = kinds[kind.times]
-        factors = [] if isinstance(other, Cases) else other.corners()
-    for value, factor in itertools.product(kind.corners(), factors):
-        scaled = multiplied(value, "factor" if kind.times else None, {"factor": factor})
+        _check_cases(name, kind, kinds)
+    for value in corners(kind, kinds):
         try:
-            adapter.validate_python(scaled)
+            adapter.validate_python(value)
         except ValidationError as error:
             rule = error.errors()[0]["msg"].replace("Input should be", "must be")
-            raise ConfigError(f"space.{name} = {scaled!r}: {rule}") from error
+            raise ConfigError(f"space.{name} = {value!r}: {rule}") from error
+
+
+def _check_cases(name: str, kind: Cases, kinds: dict[str, Kind]) -> None:
+    """Check that there is a case for every value of the other parameter."""
+    other = kinds[kind.depends_on]
+    of_other = [case for _, case in other.cases] if isinstance(other, Cases) else [other]
+    if any(isinstance(one, Range) for one in of_other):
+        raise ConfigError(f"space.{name}: depends_on needs a parameter of values or choices, found {kind.depends_on}")
+    for value in corners(other, kinds):
+        kind.pick(name, {kind.depends_on: value})

@@ -135,7 +135,7 @@ def _encode_parts(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenize
                 f"{part}: no row is left after data.max_length = {data.max_length} with data.long_rows = "
                 f"{data.long_rows}; the median row has {summaries[part].length_p50} tokens"
             )
-        if summaries[part].n_empty_answers == summaries[part].examples:
+        if part == "train" and summaries[part].n_empty_answers == summaries[part].examples:
             raise DataError(f"{part}: every answer is empty, so that there is nothing to learn but the end of a text")
         dataset.save_to_disk(str(directory / part))
     tokenizer.save_pretrained(directory / TOKENIZER)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from raylora.cli.command import command, console, run_command, split_arguments
+from raylora.cli.command import command, console, local_path, run_command, split_arguments
 from raylora.cli.spaces import find_space
 from raylora.config.load import load_config
 from raylora.run.directory import open_run
@@ -34,7 +34,7 @@ def search(
         overrides["merge.tolerance"] = str(merge_tolerance)
     space = find_space(space)
     config = load_config(space, overrides)
-    run = open_run(output or Path("results") / space.stem, config, resume=resume)
+    run = open_run(local_path(output or Path("results") / space.stem), config, resume=resume)
     with nullcontext() if dry_run else locked(run.path):
         from raylora.cli.pipeline import run_pipeline  # noqa: PLC0415  # loads torch and Ray: not for a wrong setting
 

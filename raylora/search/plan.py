@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from raylora.base.load import compute_dtype, is_quantized
 from raylora.base.locate import find_checkpoint, load_model_config, load_tokenizer
 from raylora.base.modules import linear_shapes, resolve_target_modules
-from raylora.config.kinds import Cases, Choice, Fixed, Kind, Range
+from raylora.config.kinds import corners
 from raylora.config.schema import SearchConfig
 from raylora.data.prepare import PreparedData, prepare_data
 from raylora.data.read import hub_commit
@@ -170,13 +170,4 @@ def _possible(config: SearchConfig, name: str) -> list:
     if name not in kinds:
         value = getattr(config.training, name)
         return [",".join(value) if isinstance(value, list) else value]
-    return _corners(kinds[name], kinds)
-
-
-def _corners(kind: Kind, kinds: dict[str, Kind]) -> list:
-    if isinstance(kind, Cases):
-        return [value for _, case in kind.cases for value in _corners(case, kinds)]
-    assert isinstance(kind, Fixed | Choice | Range)
-    if kind.times is None:
-        return kind.corners()
-    return [value * other for value in kind.corners() for other in _corners(kinds[kind.times], kinds)]
+    return corners(kinds[name], kinds)

@@ -23,5 +23,7 @@ def test_smollm2_loads_from_gguf_and_answers(tmp_path: Path) -> None:
     model = load_base_model(section, tmp_path, "cpu")
     question = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=True, return_dict=True)
-    answers = generate(model, tokenizer, [prompt["input_ids"]], max_new_tokens=8, batch_size=1)
+    answers = generate(
+        model, tokenizer, [prompt["input_ids"]], stop_token_ids=[tokenizer.eos_token_id], max_new_tokens=8, batch_size=1
+    )
     assert "Paris" in answers.texts[0]

@@ -1,13 +1,19 @@
 """Settings: precedence, messages, and every shipped search space file."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
+from raylora.config.assignment import Schedule
 from raylora.config.load import RENAMED, build_config, dump_config, load_config
+from raylora.config.optimizers import OPTIMIZERS
 from raylora.errors import ConfigError
 
 SPACES = sorted((Path(__file__).parent.parent.parent / "search_spaces").glob("*.yaml"))
@@ -107,3 +113,28 @@ def test_rungs_grow_by_the_reduction_factor_up_to_the_budget() -> None:
 def test_importing_config_loads_neither_torch_nor_ray() -> None:
     code = "import sys, raylora.config.load; sys.exit(bool({'torch', 'ray', 'optuna'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "training.lr_scheduler_type",
+            "cosin",
+            "training.lr_scheduler_type = 'cosin': must be 'constant', 'con",
+        ),
+        ("training.optim", "adamw_torhc", "training.optim: unknown optimizer adamw_torhc; did you mean adamw_torch?"),
+        ("evaluation.answer_pattern", "([", r"evaluation.answer_pattern: is no regular expression: unterminated"),
+        ("evaluation.answer_pattern", "x+", r"evaluation.answer_pattern: must have a group"),
+        ("data.validation_size", "1.5", r"data.validation_size: must be a share below 1, or a whole number of rows"),
+        ("cache_dir", "s3://bucket/cache", r"cache_dir: must be a local path, found s3://bucket/cache"),
+    ],
+)
+def test_settings_that_would_fail_in_a_search_are_found_at_once(key: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(SMOKE, {key: value})
+
+
+def test_every_optimizer_and_schedule_is_one_of_transformers() -> None:
+    assert {optimizer.value for optimizer in OptimizerNames} == set(OPTIMIZERS)
+    assert {schedule.value for schedule in SchedulerType} >= set(get_args(Schedule))

@@ -91,3 +91,34 @@ def test_parameters_that_depend_on_each_other_fail() -> None:
 def test_a_product_that_can_leave_its_range_fails() -> None:
     with pytest.raises(ConfigError, match=r"space\.lora_dropout = 1\.6: must be less than 1"):
         parse_space({**FIXED, "lora_dropout": {"choice": [0.2], "times": "r"}})
+
+
+def test_a_case_may_multiply_by_a_parameter_that_comes_later() -> None:
+    alpha = {"depends_on": "use_rslora", "cases": {True: {"choice": [1], "times": "r"}, False: 16}}
+    space = {"lora_alpha": alpha, "r": {"choice": [4, 8]}, "use_rslora": {"choice": [True, False]}}
+    points = suggest(space)
+    assert {(point["use_rslora"], point["lora_alpha"] / point["r"]) for point in points if point["use_rslora"]} == {
+        (True, 1.0)
+    }
+    assert {point["lora_alpha"] for point in points if not point["use_rslora"]} == {16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_dropout": {"depends_on": "r", "cases": {4: 0.1}}}, r"no case for r = 8; has \[4\]"),
+        (
+            {"lora_dropout": {"depends_on": "learning_rate", "cases": {0.1: 0.1}}},
+            "depends_on needs a parameter of values or choices, found learning_rate",
+        ),
+        (
+            {"lora_alpha": {"depends_on": "r", "cases": {4: {"choice": [1], "times": "seed"}, 8: 1}}},
+            "depends on seed, which the space does not name",
+        ),
+        ({"lora_alpha": {"choice": [1], "times": "lr_scheduler_type"}, "lr_scheduler_type": "linear"}, "needs numbers"),
+    ],
+)
+def test_dependencies_that_would_fail_in_a_trial_are_found_at_once(changes: dict, message: str) -> None:
+    space = {**FIXED, "r": {"choice": [4, 8]}, "learning_rate": {"uniform": [1e-4, 1e-3]}, **changes}
+    with pytest.raises(ConfigError, match=message):
+        parse_space(space)

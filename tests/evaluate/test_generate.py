@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raylora.evaluate.generate import Answers, generate
-from raylora.evaluate.scores import agreement, bleu_p_value, score
+from raylora.evaluate.scores import agreement, bleu_p_value, score, score_calls
 
 
 def test_exact_match_takes_any_reference_and_trims() -> None:
@@ -57,7 +57,33 @@ def test_left_padded_batches_answer_as_single_prompts_do(tiny_model: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model, pad_token="</s>")
     prompts = [tokenizer(text).input_ids for text in ("say", "say the number again", "the word")]
-    answers = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=3)
+    answers = generate(model, tokenizer, prompts, stop_token_ids=[1], max_new_tokens=6, batch_size=3)
     for prompt, ids in zip(prompts, answers.token_ids, strict=True):
         alone = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=1)
         assert [token for token in alone[0, len(prompt) :].tolist() if token != 1] == ids
+
+
+def test_answers_are_greedy_whatever_the_bases_own_settings_are(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, pad_token="</s>")
+    prompts = [tokenizer("say the number again").input_ids]
+    options = {"stop_token_ids": [1], "max_new_tokens": 12, "batch_size": 1}
+    greedy = generate(model, tokenizer, prompts, **options)
+    own = GenerationConfig(do_sample=True, repetition_penalty=50.0, no_repeat_ngram_size=1, eos_token_id=1)
+    model.generation_config = own
+    assert generate(model, tokenizer, prompts, **options).token_ids == greedy.token_ids
+    assert model.generation_config is own
+
+
+def test_generation_stops_at_every_stop_token(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, pad_token="</s>")
+    prompts = [tokenizer("say the number again").input_ids]
+    (ids,) = generate(model, tokenizer, prompts, stop_token_ids=[1], max_new_tokens=6, batch_size=1).token_ids
+    (cut,) = generate(model, tokenizer, prompts, stop_token_ids=[1, ids[3]], max_new_tokens=6, batch_size=1).token_ids
+    assert cut == ids[: ids.index(ids[3])]
+
+
+def test_tool_calls_are_scored_where_they_are_expected() -> None:
+    assert score_calls(["[1]", "", "text"], ["[1]", "[2]", ""]) == {"tool_call_match": 0.5}
+    assert score_calls(["text"], [""]) == {}
