@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from throughput import LENGTH, TRIAL, load, model_parser, packed
 
+from raylora.base.architecture import Architecture
 from raylora.base.load import compute_dtype
-from raylora.base.modules import linear_shapes
 from raylora.config.schema import BaseModelSection
 from raylora.quiet import quiet_libraries
 from raylora.training.memory import MIB, adapter_parameters, estimate_memory, peak_memory_mib, reset_peak_memory
@@ -33,12 +33,12 @@ def main() -> None:
         engine = load(arguments.model, Path(folder), device)
         by_tokens = [peak(engine, n_trials=1, tokens=tokens) for tokens in TOKENS]
         by_trials = [peak(engine, n_trials=n, tokens=LENGTH) for n in TRIALS]
-        shapes = linear_shapes(engine.model.config)
+        architecture = Architecture.of_config(engine.model.config)
     dtype = compute_dtype(BaseModelSection(name=""), device)
-    parameters = adapter_parameters(shapes, list(shapes), R)
+    parameters = adapter_parameters(architecture.shapes, R)
     estimate = estimate_memory(
         engine.model.config,
-        shapes,
+        architecture,
         n_adapter_parameters=parameters,
         rows=1,
         length=LENGTH,

@@ -41,7 +41,7 @@ def main() -> None:
         seconds, events = _profile(engine, arguments)
     n_linear = sum(
         engine.model.get_submodule(name).in_features * engine.model.get_submodule(name).out_features
-        for name in engine.module_names
+        for name in engine.architecture.shapes
     )
     head = engine.model.get_output_embeddings().weight.numel()
     tokens = arguments.trials * arguments.tokens

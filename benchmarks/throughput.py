@@ -19,9 +19,9 @@ import datasets
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from raylora.base.architecture import Architecture
 from raylora.base.load import compute_dtype, load_base_model
 from raylora.base.locate import find_checkpoint, load_tokenizer
-from raylora.base.modules import linear_shapes
 from raylora.config.assignment import Assignment
 from raylora.config.schema import BaseModelSection, SearchSection, TrainingSection
 from raylora.data.rows import IGNORE, TokenRows
@@ -97,7 +97,9 @@ def load(model: str, folder: Path, device: str) -> TrlEngine:
     labels[:, : LENGTH // 2] = IGNORE
     part = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
     tokenizer = load_tokenizer(section, find_checkpoint(section, folder / "cache"))
-    return TrlEngine(base, tokenizer, part, part.select(range(1)), TrainingSection(), list(linear_shapes(base.config)))
+    return TrlEngine(
+        base, tokenizer, part, part.select(range(1)), TrainingSection(), Architecture.of_config(base.config)
+    )
 
 
 TRIAL = Assignment(
@@ -147,7 +149,7 @@ def packed(engine: TrlEngine, tokens: int | None = None) -> PackedEngine:
     dtype = compute_dtype(BaseModelSection(name=""), str(engine.model.device))
     return PackedEngine(
         engine.model,
-        engine.module_names,
+        engine.architecture,
         TokenRows(engine.train),
         TokenRows(engine.validation),
         engine.training,

@@ -1,9 +1,8 @@
 """Reads and writes model checkpoints tensor by tensor, so that at most one shard is in memory."""
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from raylora.base.names import TensorNames, is_state, without_state
 from raylora.errors import MergeError
 from raylora.run.atomic import write_json
 
@@ -22,48 +22,51 @@ SHARD_BYTES = 2 * 2**30
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 """File patterns of weights and their indexes, as transformers names them."""
 
-_STATE = re.compile(r"(?<=\.weight)\..+")
-"""Suffix that bitsandbytes appends to the name of a quantized weight: `.absmax`, `.quant_map` and the like."""
+UNUSED = ("original/*", "consolidated*", "*.gguf", "*.onnx", "*.onnx_data", "*.pth", "*.h5", "*.msgpack", "*.tflite")
+"""File patterns of a Hub repository that transformers does not load: other formats of the same weights."""
 
 
 class Checkpoint:
     """A model directory whose tensors are read one at a time, under their names in the model."""
 
-    def __init__(self, directory: Path, names: Collection[str], prefix: str) -> None:
+    def __init__(self, directory: Path, names: TensorNames) -> None:
         """Open a directory without reading its tensors.
 
         Args:
             directory: holds *.safetensors or pytorch_model*.bin.
-            names: parameter names in the model.
-            prefix: `base_model_prefix` of the model, which some checkpoints leave out of the names.
+            names: translates names in the checkpoint to names in the model.
 
         Raises:
             MergeError: the directory holds no weights.
         """
         self.directory = directory
         self._readers: dict[str, Callable[[], torch.Tensor]] = {}
+        self._stored: dict[str, str] = {}
         for file in sorted(directory.glob("*.safetensors")):
             reader = safe_open(str(file), framework="pt")
-            self._add(reader.keys(), reader.get_tensor, names, prefix)
+            self._add(reader.keys(), reader.get_tensor, names)
         if not self._readers:
             for file in sorted(directory.glob("pytorch_model*.bin")):
                 tensors = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
-                self._add(tensors, tensors.__getitem__, names, prefix)
+                self._add(tensors, tensors.__getitem__, names)
         if not self._readers:
             raise MergeError(f"{directory} holds no weights: neither *.safetensors nor pytorch_model*.bin")
 
-    def _add(
-        self, stored: Iterable[str], read: Callable[[str], torch.Tensor], names: Collection[str], prefix: str
-    ) -> None:
+    def _add(self, stored: Iterable[str], read: Callable[[str], torch.Tensor], names: TensorNames) -> None:
         """Map each stored name to the parameter's name in the model."""
         for name in stored:
-            possible = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-            in_model = next((one for one in possible if _STATE.sub("", one) in names), name)
+            in_model = names.to_model(name)
             self._readers[in_model] = partial(read, name)
+            self._stored[in_model] = name
+
+    def stored_name(self, name: str) -> str:
+        """Return the name under which the checkpoint stores a tensor; the name itself if it stores none."""
+        weight = without_state(name)
+        return self._stored.get(weight, weight) + name[len(weight) :]
 
     def weights(self) -> list[str]:
         """Return the names of all parameters in file order, without the scales of quantized weights."""
-        return [name for name in self._readers if not _STATE.search(name)]
+        return [name for name in self._readers if not is_state(name)]
 
     def is_quantized(self, name: str) -> bool:
         """Return True if the parameter is quantized, so that scales are stored beside it."""
@@ -110,14 +113,23 @@ class Checkpoint:
 def local_directory(checkpoint: str, revision: str | None) -> Path:
     """Return the local directory of a checkpoint. Take a Hub id from the Hub cache, or download it."""
     path = Path(checkpoint)
-    return path if path.is_dir() else Path(snapshot_download(checkpoint, revision=revision))
+    return (
+        path if path.is_dir() else Path(snapshot_download(checkpoint, revision=revision, ignore_patterns=list(UNUSED)))
+    )
 
 
 class ShardWriter:
     """Writer of safetensors shards of bounded size and of the index that transformers reads."""
 
-    def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self._directory, self._shard_bytes = directory, shard_bytes
+    def __init__(self, directory: Path, name: Callable[[str], str] = str, *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Set up for a new checkpoint.
+
+        Args:
+            directory: empty folder.
+            name: turns the name of a tensor into that under which it is stored.
+            shard_bytes: largest size of a shard in bytes.
+        """
+        self._directory, self._name, self._shard_bytes = directory, name, shard_bytes
         self._shard: dict[str, torch.Tensor] = {}
         self._written: list[list[str]] = []
         self._total_bytes = 0
@@ -127,7 +139,7 @@ class ShardWriter:
         new = sum(tensor.nbytes for tensor in tensors.values())
         if self._shard and sum(tensor.nbytes for tensor in self._shard.values()) + new > self._shard_bytes:
             self._flush()
-        self._shard |= {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        self._shard |= {self._name(name): tensor.contiguous().cpu() for name, tensor in tensors.items()}
         self._total_bytes += new
 
     def close(self) -> None:
@@ -158,7 +170,9 @@ class ShardWriter:
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
-    """Change keys of a model's `config.json`. Remove a key whose value is None."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8")) | changes
+    """Change keys of a model's `config.json`, also in its text model's part. Remove a key whose value is None."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config", {})):
+        part.update({key: value for key, value in changes.items() if key in part or part is config})
     removed = {key for key, value in changes.items() if value is None}
     write_json(directory / "config.json", {key: value for key, value in config.items() if key not in removed})

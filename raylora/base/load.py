@@ -5,8 +5,9 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from raylora.base.architecture import auto_class, check_complete
 from raylora.base.locate import (
     digest,
     file_state,
@@ -17,6 +18,9 @@ from raylora.base.locate import (
 )
 from raylora.config.schema import BaseModelSection
 from raylora.run.lock import made_once
+
+NF4_VERSION = 2
+"""Version of the NF4 copies in the cache. Raise it when their form changes."""
 
 
 def compute_dtype(section: BaseModelSection, device: str) -> torch.dtype:
@@ -47,7 +51,9 @@ def load_base_model(section: BaseModelSection, cache_dir: Path, device: str) -> 
     with hub_errors_explained(section):
         if section.quantization == "nf4":
             nf4 = nf4_checkpoint(section, cache_dir, device)
-            checkpoint, options = nf4, options if nf4 == checkpoint else {}
+            if nf4 != checkpoint:
+                options.pop("revision", None)
+            checkpoint = nf4
         model = load_plain(checkpoint, device, dtype, attn_implementation=section.attn_implementation, **options)
     model.requires_grad_(False)
     return model
@@ -77,8 +83,17 @@ def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any)
         device: `cpu` or `cuda:0`.
         dtype: dtype of the unquantized parameters.
         options: further arguments of `from_pretrained`.
+
+    Raises:
+        BaseModelError: the checkpoint lacks weights, which transformers would draw at random.
     """
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map={"": device}, **options).eval()
+    source = {key: value for key, value in options.items() if key in ("trust_remote_code", "revision")}
+    kind = auto_class(AutoConfig.from_pretrained(checkpoint, **source))
+    model, found = kind.from_pretrained(
+        checkpoint, dtype=dtype, device_map={"": device}, output_loading_info=True, **options
+    )
+    check_complete(found, checkpoint)
+    model.eval()
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weight at the first forward in evaluation mode.
@@ -106,19 +121,30 @@ def nf4_config(section: BaseModelSection, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
+def _narrow(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Store the unquantized parameters in the base's own dtype, where that loses nothing."""
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            narrow = parameter.data.to(dtype)
+            if torch.equal(narrow.float(), parameter.data):
+                parameter.data = narrow
+
+
 def _quantize_once(section: BaseModelSection, checkpoint: str, cache_dir: Path, device: str) -> Path:
     """Return the cached NF4 copy of a base. Quantize it first if it is missing."""
     dtype = compute_dtype(section, device)
     config = load_model_config(section, checkpoint)
+    own_dtype = config.get_text_config().dtype or config.dtype
     commit = getattr(config, "_commit_hash", None) or section.revision
     files = sorted(Path(checkpoint).glob("*")) if Path(checkpoint).is_dir() else []
     states = [state for file in files if file.is_file() for state in file_state(file)]
-    directory = cache_dir / "nf4" / digest(checkpoint, commit, section.double_quant, dtype, *states)
+    directory = cache_dir / "nf4" / digest(NF4_VERSION, checkpoint, commit, section.double_quant, dtype, *states)
 
     def quantize(temporary: Path) -> None:
         quantization = nf4_config(section, dtype)
-        load_plain(
-            checkpoint, device, dtype, quantization_config=quantization, **source_options(section)
-        ).save_pretrained(temporary)
+        model = load_plain(checkpoint, device, dtype, quantization_config=quantization, **source_options(section))
+        if own_dtype in (torch.bfloat16, torch.float16):
+            _narrow(model, own_dtype)
+        model.save_pretrained(temporary)
 
     return made_once(directory, quantize)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from raylora.base.architecture import auto_class, check_complete, check_quantization
 from raylora.config.schema import BaseModelSection
 from raylora.errors import BaseModelError, first_line
 from raylora.run.lock import made_once
@@ -44,10 +46,20 @@ def find_checkpoint(section: BaseModelSection, cache_dir: Path) -> str:
             raise BaseModelError(f"{path} holds no config.json, so it is no model directory of transformers")
         if not any(next(path.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
             raise BaseModelError(f"{path} holds no weights: must hold one of {', '.join(WEIGHT_PATTERNS)}")
+        _check_shards(path)
         return str(path)
     if not is_hub_id(section.name):
         raise BaseModelError(f"base model not found: {section.name} is no directory, GGUF file or Hub id (owner/name)")
     return section.name
+
+
+def _check_shards(directory: Path) -> None:
+    """Check that every file of weights that an index names is there."""
+    for index in directory.glob("*.index.json"):
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(file for file in files if not (directory / file).is_file())
+        if missing:
+            raise BaseModelError(f"{directory} lacks {len(missing)} of {len(files)} weight files, such as {missing[0]}")
 
 
 def is_hub_id(name: str) -> bool:
@@ -63,10 +75,13 @@ def load_model_config(section: BaseModelSection, checkpoint: str) -> PretrainedC
         checkpoint: from `find_checkpoint`.
 
     Raises:
-        BaseModelError: the config cannot be found or loaded.
+        BaseModelError: the config cannot be found or loaded, or the base is of a kind that raylora does not fine-tune.
     """
     with hub_errors_explained(section):
-        return AutoConfig.from_pretrained(checkpoint, **source_options(section))
+        config = AutoConfig.from_pretrained(checkpoint, **source_options(section))
+        auto_class(config)
+        check_quantization(config)
+        return config
 
 
 def load_tokenizer(section: BaseModelSection, checkpoint: str) -> PreTrainedTokenizerBase:
@@ -109,11 +124,25 @@ def _convert_gguf_once(path: Path, cache_dir: Path) -> Path:
 def _convert_gguf(path: Path, directory: Path) -> None:
     """Write a GGUF file as a bfloat16 model directory of transformers."""
     try:
-        gguf.GGUFReader(path)
+        fields = gguf.GGUFReader(path).fields
     except Exception as error:  # the reader passes on whatever numpy raises for a broken file
         raise BaseModelError(f"{path} is not a readable GGUF file: {error}") from error
+    n_parts = int(fields["split.count"].contents()) if "split.count" in fields else 1
+    if n_parts > 1:
+        raise BaseModelError(
+            f"{path} is one of {n_parts} parts; join them by `llama-gguf-split --merge FIRST OUTPUT` of llama.cpp, or "
+            "name the base's Hub id"
+        )
     with contextlib.redirect_stderr(io.StringIO()):  # the loader's progress bar has no switch
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            )
+        except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+            raise BaseModelError(
+                f"transformers cannot read {path}: {first_line(error)}; name the base's Hub id or a directory instead"
+            ) from error
+    check_complete(found, str(path))
     # transformers keeps the GGUF quantizer on the dequantized model, and save_pretrained would call it
     del model.hf_quantizer, model.quantization_method, model.config.quantization_config
     model.is_quantized = False

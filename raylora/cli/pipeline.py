@@ -118,7 +118,7 @@ def _show_data(screen: Console, data: PreparedData) -> None:
     if data.n_overlapping or data.n_duplicates:
         screen.print(f"{data.n_overlapping} overlapping training rows left out, {data.n_duplicates} duplicates kept")
     for line in data.notes():
-        screen.print(f"note: {line}", markup=False)
+        screen.print(line)
 
 
 def _facts(plan: Plan) -> dict[str, object]:

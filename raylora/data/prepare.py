@@ -67,9 +67,9 @@ class PreparedData:
         """Return what a user should know about the rows, one sentence each. More than a few per cent is a warning."""
         lines = [line for part, summary in self.summaries.items() for line in _notes(part, summary)]
         if self.bad_rows:
-            lines.append(f"{len(self.bad_rows)} rows dropped; the first: {self.bad_rows[0]}")
+            lines.append(f"warning: {len(self.bad_rows)} rows dropped; the first: {self.bad_rows[0]}")
         if self.unused_columns:
-            lines.append(f"columns not used: {', '.join(self.unused_columns)}")
+            lines.append(f"note: columns not used: {', '.join(self.unused_columns)}")
         return lines
 
 
@@ -87,7 +87,7 @@ def _notes(part: str, summary: PartSummary) -> Iterator[str]:
         ),
     ):
         if count:
-            yield f"{'warning: ' if count > FEW * total else ''}{part}: {count} of {total} {what}"
+            yield f"{'warning' if count > FEW * total else 'note'}: {part}: {count} of {total} {what}"
 
 
 def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> PreparedData:

@@ -75,7 +75,8 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
     measure("adapter", PeftModel.from_pretrained(base, str(run.best_adapter)))
     del base
     for form in merged_forms:
-        measure(f"merged_{form}", load_merged(run.merged(form), device, compute_dtype(section, device)))
+        dtype, trust = compute_dtype(section, device), section.trust_remote_code
+        measure(f"merged_{form}", load_merged(run.merged(form), device, dtype, trust_remote_code=trust))
     result = {
         "n_rows": len(heldout),
         "n_prompts": len(prompts),

@@ -14,10 +14,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from raylora.base.architecture import without_weights
 from raylora.base.locate import is_hub_id
+from raylora.base.names import TensorNames
 from raylora.errors import ConfigError, MergeError, first_line
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
@@ -71,14 +73,11 @@ class AdapterUpdate:
         """
         settings = _lora_config(adapter)
         tensors = _read(adapter)
+        base = without_weights(config, trust_remote_code=trust_remote_code)
+        self.names = TensorNames(base)
+        """Names of the base's tensors, stored and in the model."""
+
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            self.names = list(base.state_dict())
-            """Names of the base's parameters."""
-
-            self.prefix = base.base_model_prefix
-            """`base_model_prefix` of the base."""
-
             self._conv1d = {name for name, module in base.named_modules() if isinstance(module, Conv1D)}
             both = (base.get_input_embeddings(), base.get_output_embeddings())
             self._embeddings = [next(name for name, module in base.named_modules() if module is one) for one in both]

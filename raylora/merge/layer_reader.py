@@ -41,11 +41,10 @@ class LayerReader:
             MergeError: the adapter does not fit the base.
         """
         self.updates = AdapterUpdate(adapter, config, trust_remote_code=trust_remote_code)
-        names, prefix = self.updates.names, self.updates.prefix
-        self.checkpoint = Checkpoint(checkpoint, names, prefix)
-        self.original = Checkpoint(original, names, prefix) if original else None
+        self.checkpoint = Checkpoint(checkpoint, self.updates.names)
+        self.original = Checkpoint(original, self.updates.names) if original else None
         self._quantized, self._device = quantized, device
-        self._tied = bool(config.tie_word_embeddings)
+        self._tied = bool(config.get_text_config().tie_word_embeddings)
         self.layers = [name for name in self.updates.layers() if self.checkpoint.is_quantized(f"{name}.weight")]
         """Names of the adapted layers that the base stores in 4 bit."""
 
@@ -126,7 +125,8 @@ class LayerReader:
     def _plain_layer(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return updated weight and bias of an adapted layer that is not quantized, as the base stores them."""
         stored = f"{name}.weight"
-        weight = self.checkpoint.tensor(stored) if self.checkpoint.has(stored) else self._embeddings()
+        is_tied_head = self._tied and stored == self.updates.embeddings()[1] and not self.checkpoint.has(stored)
+        weight = self._embeddings() if is_tied_head else self.checkpoint.tensor(stored)
         transposed = self.updates.is_transposed(name)
         new, bias = self.updates.apply(name, weight.T if transposed else weight, self._bias(name))
         return new.T.contiguous() if transposed else new, bias

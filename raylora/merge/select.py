@@ -232,4 +232,5 @@ def _check_disk(job: MergeJob, reader: LayerReader) -> None:
 
 def _load(job: MergeJob, directory: Path) -> PreTrainedModel | PeftModel:
     """Load a written model onto the device of the job."""
-    return load_merged(directory, job.device, compute_dtype(job.base, job.device))
+    dtype, trust = compute_dtype(job.base, job.device), job.base.trust_remote_code
+    return load_merged(directory, job.device, dtype, trust_remote_code=trust)

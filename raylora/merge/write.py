@@ -49,7 +49,7 @@ def write_nf4(reader: LayerReader, rounded: RoundedWeights | None, directory: Pa
     layers, plain = set(reader.layers) if rounded else set(), reader.other_parameters()
     with replacing(directory) as temporary:
         temporary.mkdir()
-        writer = ShardWriter(temporary)
+        writer = ShardWriter(temporary, reader.checkpoint.stored_name)
         for name in reader.checkpoint.weights():
             layer = name.removesuffix(".weight")
             if rounded and layer in layers:
@@ -66,7 +66,7 @@ def write_bf16(reader: LayerReader, directory: Path, serving: ServingFiles) -> N
     layers, plain = set(reader.layers), reader.other_parameters()
     with replacing(directory) as temporary:
         temporary.mkdir()
-        writer = ShardWriter(temporary)
+        writer = ShardWriter(temporary, reader.checkpoint.stored_name)
         for name in reader.checkpoint.weights():
             layer = name.removesuffix(".weight")
             if name in plain:
@@ -118,9 +118,11 @@ def write_residual(reader: LayerReader, directory: Path, serving: ServingFiles, 
         config.save_pretrained(str(temporary))
 
 
-def load_merged(directory: Path, device: str, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+def load_merged(
+    directory: Path, device: str, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel | PeftModel:
     """Load a written model of any format, as any user of transformers and peft would."""
-    model = load_plain(str(directory), device, dtype)
+    model = load_plain(str(directory), device, dtype, trust_remote_code=trust_remote_code)
     adapter = directory / "adapter"
     return PeftModel.from_pretrained(model, str(adapter)).eval() if adapter.is_dir() else model
 

@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from raylora.base.architecture import Architecture
 from raylora.base.load import compute_dtype, is_quantized
 from raylora.base.locate import find_checkpoint, load_model_config, load_tokenizer
-from raylora.base.modules import linear_shapes, resolve_target_modules
 from raylora.config.kinds import corners
 from raylora.config.schema import SearchConfig
 from raylora.data.prepare import PreparedData, prepare_data
@@ -67,16 +67,17 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         base_commit=getattr(model_config, "_commit_hash", None),
         data_commit=hub_commit(config.data.train, config.data.revision),
     )
-    shapes = linear_shapes(model_config, trust_remote_code=config.base_model.trust_remote_code)
-    targets = [resolve_target_modules(target, list(shapes)) for target in _possible(config, "target_modules")]
+    trust = config.base_model.trust_remote_code
+    architecture = Architecture.of_config(model_config, trust_remote_code=trust)
+    adapted = [architecture.adapted(setting) for setting in _possible(config, "target_modules")]
     tokenizer = load_tokenizer(config.base_model, checkpoint)
     data = prepare_data(config.data, tokenizer, cache_dir)
     device = "cuda:0" if on_gpu else "cpu"
     r = max(_possible(config, "r"))
     memory = estimate_memory(
         model_config,
-        shapes,
-        n_adapter_parameters=max(adapter_parameters(shapes, names, r) for names in targets),
+        architecture,
+        n_adapter_parameters=max(adapter_parameters(shapes, r) for shapes in adapted),
         rows=max(_possible(config, "per_device_train_batch_size")),
         length=min(config.data.max_length, max(part.length_max for part in data.summaries.values())),
         dtype_bytes=compute_dtype(config.base_model, device).itemsize,

@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from raylora.base.architecture import Architecture
 from raylora.base.load import compute_dtype, load_base_model
-from raylora.base.modules import linear_shapes
 from raylora.config.schema import SearchConfig
 from raylora.data.rows import TokenRows, load_part
 from raylora.errors import PackingError
@@ -91,7 +91,7 @@ def load_packed(
         slots, tokens = memory.fit(free, slots=slots, tokens=tokens)
     engine = PackedEngine(
         model,
-        list(linear_shapes(model.config, trust_remote_code=base.trust_remote_code)),
+        Architecture.of_config(model.config, trust_remote_code=base.trust_remote_code),
         TokenRows(load_part(tokens_dir, "train")),
         TokenRows(load_part(tokens_dir, "validation")),
         config.training,

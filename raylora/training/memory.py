@@ -13,7 +13,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from raylora.base.modules import is_target
+from raylora.base.architecture import Architecture
 from raylora.config.schema import SearchSection
 
 MIB = 2**20
@@ -98,23 +98,21 @@ def free_memory_mib(device: str) -> float:
     return psutil.virtual_memory().available / MIB
 
 
-def adapter_parameters(shapes: dict[str, tuple[int, int]], targets: list[str], r: int) -> int:
+def adapter_parameters(shapes: dict[str, tuple[int, int]], r: int) -> int:
     """Return the number of trainable parameters of an adapter: r * (in + out) in each adapted layer.
 
     Args:
-        shapes: from `linear_shapes`.
-        targets: from `resolve_target_modules`.
+        shapes: adapted layer -> (in_features, out_features).
         r: adapter rank.
 
     Source: Hu et al. 2021, "LoRA", section 4.1 (arXiv:2106.09685).
     """
-    adapted = [shape for name, shape in shapes.items() if is_target(name, targets)]
-    return sum(r * (in_features + out_features) for in_features, out_features in adapted)
+    return sum(r * (in_features + out_features) for in_features, out_features in shapes.values())
 
 
 def estimate_memory(
     config: PretrainedConfig,
-    shapes: dict[str, tuple[int, int]],
+    architecture: Architecture,
     *,
     n_adapter_parameters: int,
     rows: int,
@@ -127,8 +125,8 @@ def estimate_memory(
     """Estimate the memory of base, trials and tokens.
 
     Args:
-        config: the base's architecture.
-        shapes: from `linear_shapes`.
+        config: config of the base.
+        architecture: linear layers and size of the base.
         n_adapter_parameters: from `adapter_parameters`.
         rows: rows of the largest micro-batch.
         length: tokens of its rows.
@@ -138,11 +136,9 @@ def estimate_memory(
         gradient_checkpointing: True if activations are recomputed.
     """
     text = config.get_text_config()
-    n_linear = sum(in_features * out_features for in_features, out_features in shapes.values())
-    n_embedding = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
     bits = (NF4_BITS if double_quant else NF4_BITS_SINGLE) if nf4 else 8 * dtype_bytes
-    base = n_linear * bits / 8 + n_embedding * dtype_bytes
-    widths = sum(in_features + out_features for in_features, out_features in shapes.values())
+    base = architecture.n_linear * bits / 8 + architecture.n_rest * dtype_bytes
+    widths = sum(in_features + out_features for in_features, out_features in architecture.shapes.values())
     per_token = text.num_hidden_layers * text.hidden_size if gradient_checkpointing else BESIDE_LINEAR * widths
     # logits, their log-softmax and their gradient, in float32
     logits = 3 * 4 * text.vocab_size * min(CHUNK, rows * length)

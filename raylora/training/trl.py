@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from raylora.base.architecture import Architecture
 from raylora.base.load import load_base_model
 from raylora.base.locate import find_checkpoint, load_tokenizer
-from raylora.base.modules import linear_shapes, resolve_target_modules
 from raylora.config.assignment import Assignment
 from raylora.config.schema import SearchConfig, TrainingSection
 from raylora.data.rows import load_part
@@ -36,8 +36,8 @@ class TrlEngine:
     train: datasets.Dataset
     validation: datasets.Dataset
     training: TrainingSection
-    module_names: list[str]
-    """Full names of the base's linear layers, from `linear_shapes`."""
+    architecture: Architecture
+    """Linear layers of the base."""
 
     reason: str | None = None
     """Reason that trials are not packed; None if the config asks for this engine."""
@@ -64,7 +64,7 @@ class TrlEngine:
             train=load_part(tokens_dir, "train"),
             validation=load_part(tokens_dir, "validation"),
             training=config.training,
-            module_names=list(linear_shapes(model.config, trust_remote_code=base.trust_remote_code)),
+            architecture=Architecture.of_config(model.config, trust_remote_code=base.trust_remote_code),
         )
 
     def fit(
@@ -109,7 +109,7 @@ class TrlEngine:
             r=assignment.r,
             lora_alpha=assignment.lora_alpha,
             lora_dropout=assignment.lora_dropout,
-            target_modules=resolve_target_modules(assignment.target_modules, self.module_names),
+            target_modules=self.architecture.targets(assignment.target_modules),
             use_rslora=assignment.use_rslora,
             task_type="CAUSAL_LM",
         )

@@ -7,15 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from raylora.base.checkpoint_io import Checkpoint, ShardWriter
+from raylora.base.names import TensorNames
 from raylora.errors import MergeError
 
 
-def names(model: Path) -> list[str]:
-    return list(AutoModelForCausalLM.from_pretrained(model).state_dict())
-
-
 def open_checkpoint(directory: Path, model: Path) -> Checkpoint:
-    return Checkpoint(directory, names(model), "model")
+    return Checkpoint(directory, TensorNames(AutoModelForCausalLM.from_pretrained(model)))
 
 
 def test_shards_are_of_bounded_size_and_load_in_transformers(tiny_model: Path, tmp_path: Path) -> None:
@@ -54,13 +51,13 @@ def test_names_without_the_models_prefix_are_found(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
     bare = {name.removeprefix("transformer."): tensor.clone() for name, tensor in model.state_dict().items()}
     torch.save(bare, tmp_path / "pytorch_model.bin")
-    checkpoint = Checkpoint(tmp_path, list(model.state_dict()), "transformer")
+    checkpoint = Checkpoint(tmp_path, TensorNames(model))
     assert set(checkpoint.weights()) == set(model.state_dict())
 
 
-def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=r"holds no weights: neither \*\.safetensors nor pytorch_model\*\.bin"):
-        Checkpoint(tmp_path, [], "model")
+        open_checkpoint(tmp_path, tiny_model)
 
 
 def test_a_missing_tensor_is_named(tiny_model: Path) -> None:

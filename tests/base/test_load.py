@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoTokenizer, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from raylora.base import locate as base_model
+from raylora.base.architecture import Architecture, dense_weight
 from raylora.base.load import load_base_model
 from raylora.base.locate import find_checkpoint, load_tokenizer
-from raylora.base.modules import dense_weight, linear_shapes, resolve_target_modules
 from raylora.config.schema import BaseModelSection, SearchConfig
 from raylora.errors import BaseModelError, ConfigError
 
@@ -130,13 +130,13 @@ LLAMA = LlamaConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=128, 
 
 
 def test_target_presets_name_the_modules_of_any_architecture() -> None:
-    llama = list(linear_shapes(LLAMA))
-    assert resolve_target_modules("attention", llama) == ["k_proj", "o_proj", "q_proj", "v_proj"]
-    assert resolve_target_modules("mlp", llama) == ["down_proj", "gate_proj", "up_proj"]
-    assert len(resolve_target_modules("all-linear", llama)) == 7
-    gpt2 = list(linear_shapes(GPT2Config(n_layer=1, n_embd=64, n_head=4, vocab_size=100)))
+    llama = Architecture.of_config(LLAMA)
+    assert llama.targets("attention") == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert llama.targets("mlp") == ["down_proj", "gate_proj", "up_proj"]
+    assert len(llama.targets("all-linear")) == 7
+    gpt2 = Architecture.of_config(GPT2Config(n_layer=1, n_embd=64, n_head=4, vocab_size=100))
     # c_proj stands in both blocks of GPT-2, so that the last part alone would not tell them apart
-    assert resolve_target_modules("attention", gpt2) == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
+    assert gpt2.targets("attention") == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
@@ -154,10 +154,14 @@ def test_a_dense_weight_is_what_the_layer_multiplies_by(kind: str) -> None:
 
 def test_an_unknown_target_module_names_those_that_exist() -> None:
     with pytest.raises(ConfigError, match="no module is named query; the model has down_proj, gate_proj, k_proj"):
-        resolve_target_modules("query", list(linear_shapes(LLAMA)))
+        Architecture.of_config(LLAMA).targets("query")
 
 
 def test_shapes_are_read_without_weights(tiny_model: Path) -> None:
-    shapes = linear_shapes(AutoConfig.from_pretrained(tiny_model))
+    architecture = Architecture.of_config(AutoConfig.from_pretrained(tiny_model))
+    shapes = architecture.shapes
     assert shapes["model.layers.0.mlp.up_proj"] == (64, 128)
     assert "lm_head" not in shapes
+    # two layers of four attention and three MLP matrices; 300 embeddings and as many rows of the head, and five norms
+    assert architecture.n_linear == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert architecture.n_rest == 2 * 300 * 64 + 5 * 64

@@ -295,7 +295,7 @@ def test_bad_rows_are_named_or_dropped_and_counted(plain: PreTrainedTokenizerBas
         " row 8",
     ]
     assert sum(summary.examples for summary in prepared.summaries.values()) == 18
-    assert any(note.startswith("2 rows dropped") for note in prepared.notes())
+    assert any(note.startswith("warning: 2 rows dropped") for note in prepared.notes())
 
 
 def test_the_tokens_keep_the_tokenizer_that_made_them(plain: PreTrainedTokenizerBase, tmp_path: Path) -> None:

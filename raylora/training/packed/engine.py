@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from raylora.base.architecture import Architecture
 from raylora.config.assignment import Assignment
 from raylora.config.schema import TrainingSection
 from raylora.data.rows import TokenRows
@@ -31,7 +32,7 @@ class PackedEngine:
 
     Args:
         model: frozen base.
-        names: names of its linear layers.
+        architecture: linear layers of the base.
         train: training rows.
         validation: validation rows.
         training: settings that all trials share.
@@ -45,7 +46,7 @@ class PackedEngine:
     def __init__(
         self,
         model: PreTrainedModel,
-        names: list[str],
+        architecture: Architecture,
         train: TokenRows,
         validation: TokenRows,
         training: TrainingSection,
@@ -56,8 +57,8 @@ class PackedEngine:
         grouped: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.slots = slots
-        self.pack = Pack(model, names, autocast=autocast, grouped=grouped)
+        self.slots, self._architecture = slots, architecture
+        self.pack = Pack(model, list(architecture.shapes), autocast=autocast, grouped=grouped)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._on_gpu = model.device.type == "cuda"
@@ -80,7 +81,7 @@ class PackedEngine:
         trial = PackedTrial(
             assignment,
             self._training,
-            self.pack.shapes,
+            self._architecture,
             self._train_rows.lengths,
             rungs=rungs,
             directory=directory,

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from raylora.base.modules import dense_weight
+from raylora.base.architecture import dense_weight
 from raylora.base.onednn import fast_products
 from raylora.training.memory import CHUNK
 from raylora.training.packed.adapter import Shapes
@@ -126,7 +126,7 @@ class Pack:
         """Return the last hidden states at positions whose next token has a loss, (n, hidden_size), and the layout."""
         device = self.model.device
         self._layout = layout = Layout(micro_batches, device, self._autocast, grouped=self._grouped)
-        backbone = getattr(self.model, self.model.base_model_prefix)
+        backbone = self.model.get_decoder()  # without the vision tower of a model that has one
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
             output = backbone(input_ids=layout.input_ids[None], position_ids=layout.position_ids[None], use_cache=False)
         return output.last_hidden_state[0][layout.predicting], layout

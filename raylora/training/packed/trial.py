@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
 
-from raylora.base.modules import is_target, resolve_target_modules
+from raylora.base.architecture import Architecture
 from raylora.config.assignment import Assignment
 from raylora.config.schema import TrainingSection
 from raylora.data.rows import TokenRows
 from raylora.run.atomic import replacing
 from raylora.run.metrics import RungMetrics
 from raylora.training.memory import peak_memory_mib
-from raylora.training.packed.adapter import Adapter, Shapes
+from raylora.training.packed.adapter import Adapter
 from raylora.training.packed.layout import MicroBatch
 from raylora.training.row_order import RowOrder
 
@@ -34,7 +34,7 @@ class PackedTrial:
     Args:
         assignment: hyperparameters.
         training: settings that all trials share.
-        shapes: layers of the base that may be adapted.
+        architecture: linear layers of the base.
         lengths: tokens of each training row.
         rungs: optimizer steps at which to validate, save and report, ascending; the last is the budget.
         directory: folder that receives checkpoints.
@@ -47,7 +47,7 @@ class PackedTrial:
         self,
         assignment: Assignment,
         training: TrainingSection,
-        shapes: Shapes,
+        architecture: Architecture,
         lengths: list[int],
         *,
         rungs: list[int],
@@ -58,18 +58,17 @@ class PackedTrial:
     ) -> None:
         self.assignment, self.rungs, self.directory = assignment, rungs, directory
         self._max_grad_norm = training.max_grad_norm
-        targets = resolve_target_modules(assignment.target_modules, list(shapes))
         r, alpha = assignment.r, assignment.lora_alpha
         self.peft_config = LoraConfig(
             r=r,
             lora_alpha=alpha,
             lora_dropout=assignment.lora_dropout,
-            target_modules=targets,
+            target_modules=architecture.targets(assignment.target_modules),
             use_rslora=assignment.use_rslora,
             task_type="CAUSAL_LM",
         )
         self.adapter = Adapter(
-            {name: shape for name, shape in shapes.items() if is_target(name, targets)},
+            architecture.adapted(assignment.target_modules),
             r=r,
             scaling=alpha / (math.sqrt(r) if assignment.use_rslora else r),
             dropout=assignment.lora_dropout,

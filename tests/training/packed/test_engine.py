@@ -39,7 +39,7 @@ def packed(engine: TrlEngine, dtype: torch.dtype = torch.float32, **options: obj
     """A packed engine on the base and data of another engine."""
     rows = (TokenRows(engine.train), TokenRows(engine.validation))
     values = {"tokens_per_pass": 256, "dtype": dtype, **options}
-    return PackedEngine(engine.model, engine.module_names, *rows, engine.training, **values)
+    return PackedEngine(engine.model, engine.architecture, *rows, engine.training, **values)
 
 
 def run(

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from raylora.base.modules import linear_shapes
+from raylora.base.architecture import Architecture
 from raylora.data.rows import IGNORE
 from raylora.training.packed.adapter import Adapter
 from raylora.training.packed.forward import Pack
@@ -80,7 +80,7 @@ def gradients(one: Adapter) -> Tensor:
 
 
 def pack_of(model: PreTrainedModel, **options: object) -> Pack:
-    return Pack(model, list(linear_shapes(model.config)), **options)
+    return Pack(model, list(Architecture.of(model).shapes), **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
