@@ -21,6 +21,9 @@ CONTENT, REASONING, NAME = "some-content", "some-reasoning", "some_name"
 KEYS, VALUES = ("first_key", "second_key"), ("first value", "second value")
 """Arguments of the tool call that the template is asked for."""
 
+PYTHON_VALUES = {"True": True, "False": False, "None": None}
+"""Values that Python spells in another way than JSON."""
+
 _DECODER = json.JSONDecoder()
 
 
@@ -98,9 +101,10 @@ class AnswerParser:
 
     def _without_reasoning(self, answer: str) -> str:
         """Return what follows the reasoning; nothing if the answer was cut off within it."""
-        _, found, rest = answer.rpartition(self._reasoning_end)
-        is_cut_off = self._reasoning_start and not found and rest.strip().startswith(self._reasoning_start)
-        return "" if is_cut_off else rest
+        if not answer.lstrip().startswith(self._reasoning_start):
+            return answer
+        before, found, rest = answer.partition(self._reasoning_end)
+        return rest if found or self._reasoning_start else before
 
 
 class AnswerReader:
@@ -141,18 +145,19 @@ def _call_reader(written: str) -> Callable[[str], Iterator[ToolCall]]:
     if objects:
         before, found, between = written[: objects[0][0]].rpartition(NAME)
         if not found:
-            return _calls_in_json
+            return partial(_calls_in_json, between.rstrip().rpartition("\n")[2])
         lead = before.rpartition("\n")[2][-20:]
         return partial(_calls_before_json, re.compile(rf"{re.escape(lead)}([\w.-]+){re.escape(between)}$"))
     patterns = _tagged_call(written)
     return partial(_calls_in_tags, *patterns) if patterns else lambda answer: iter(())
 
 
-def _calls_in_json(answer: str) -> Iterator[ToolCall]:
-    """Yield calls whose name and arguments stand in one JSON object."""
+def _calls_in_json(lead: str, answer: str) -> Iterator[ToolCall]:
+    """Yield calls whose name and arguments stand in one JSON object, after `lead` or at the start of the answer."""
     for start, end, value in json_objects(answer):
-        arguments = value.get("arguments", value.get("parameters"))
-        if isinstance(value.get("name"), str) and isinstance(arguments, dict):
+        before, arguments = answer[:start].rstrip(), value.get("arguments", value.get("parameters"))
+        is_call = before.endswith(lead) if lead else not before
+        if is_call and isinstance(value.get("name"), str) and isinstance(arguments, dict):
             yield ToolCall(start, end, value["name"], arguments)
 
 
@@ -192,9 +197,20 @@ def _tagged_call(written: str) -> tuple[re.Pattern[str], re.Pattern[str]] | None
 
 
 def _calls_in_tags(call: re.Pattern[str], argument: re.Pattern[str], answer: str) -> Iterator[ToolCall]:
-    """Yield calls with a tag for each argument; the values are text."""
+    """Yield calls with a tag for each argument."""
     for found in call.finditer(answer):
-        yield ToolCall(found.start(), found.end(), found[1], dict(argument.findall(found[2])))
+        arguments = {key: _value(text) for key, text in argument.findall(found[2])}
+        yield ToolCall(found.start(), found.end(), found[1], arguments)
+
+
+def _value(text: str) -> Any:
+    """Return a value that a template wrote without its type: as JSON or Python spells it, else text."""
+    if text in PYTHON_VALUES:
+        return PYTHON_VALUES[text]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def json_objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:

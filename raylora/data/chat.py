@@ -56,17 +56,17 @@ def encode_chat(
         DataError: the template refuses the conversation, drops a part of it, or does not end an answer. The message
             names the row and the turn.
     """
-    _check_support(conversation, template)
     kwargs = {**template_kwargs, **conversation.template_kwargs}
-    messages = [template.adapt(message) for message in conversation.messages]
+    messages = _adapted(conversation, template)
     tools = list(conversation.tools) or None
+    _check_support(conversation.source, messages, tools, template)
     sequences: list[ChatSequence] = []
     for index, is_trained in enumerate(conversation.trained):
         if not is_trained:
             continue
+        options = {"tools": tools, **_thinking(messages[index]), **kwargs}
+        following = messages[index + 1] if index + 1 < len(messages) else _following(messages[index])
         try:
-            options = {"tools": tools, **_thinking(messages[index]), **kwargs}
-            following = messages[index + 1] if index + 1 < len(messages) else _following(messages[index])
             turn = _encode_turn(messages[: index + 1], following, template, options)
         except DataError as error:
             raise DataError(f"{conversation.source}, message {index + 1}: {error}") from error
@@ -80,8 +80,20 @@ def encode_chat(
             turn.spans = before.spans + turn.spans
             turn.closing_tokens |= before.closing_tokens
         sequences.append(turn)
-    _check_context(conversation, sequences[-1].text)
+    context = {number: message for number, message in enumerate(messages, 1) if not conversation.trained[number - 1]}
+    _check_context(conversation.source, context, conversation.tools, sequences[-1].text)
     return sequences
+
+
+def _adapted(conversation: Conversation, template: ChatTemplate) -> list[Message]:
+    """Return the messages in the form that the template reads."""
+    messages = []
+    for number, message in enumerate(conversation.messages, 1):
+        try:
+            messages.append(template.adapt(message))
+        except DataError as error:
+            raise DataError(f"{conversation.source}, message {number}: {error}") from error
+    return messages
 
 
 def _thinking(message: Message) -> dict[str, bool]:
@@ -119,13 +131,22 @@ def _encode_turn(
     else:  # no template renders an empty conversation
         prompt_text = _opening(whole_text, template, options)
         prompt = template.tokenizer(prompt_text, add_special_tokens=False).input_ids
-    same = common_prefix(prompt_text, whole_text)
-    if asked and same < min(len(prompt_text), len(template.text(asked, **options).rstrip())):
-        raise DataError("the chat template writes the messages before this answer in another way once it follows")
-    answer = whole_text[same:]
+    same = _whole_tags(prompt_text, common_prefix(prompt_text, whole_text))
+    asked_text = template.text(asked, **options).rstrip() if asked else ""
+    if same < min(len(prompt_text), len(asked_text)):
+        # the template writes earlier messages in another way once this answer follows, e.g. without their reasoning
+        answer_ids, answer = _alone(messages[-1], template, options)
+        if not whole_text.endswith(answer):
+            raise DataError(
+                "the chat template writes the messages before this answer in another way once it follows; give the "
+                "turns as rows of their own, or name another template by data.chat_template"
+            )
+        whole, whole_text, same = prompt + answer_ids, prompt_text + answer, len(prompt_text)
+    answer, start = whole_text[same:], common_prefix(prompt, whole)
+    if same == len(prompt_text) and start < len(prompt):  # a token across the border, such as of two line breaks
+        whole, start = _parted(prompt, answer, whole, template), len(prompt)
     _check_answer(messages[-1], answer)
-    start = common_prefix(prompt, whole)
-    closing = template.end_of_answer(whole_text, whole[start:], [*messages, following], **options)
+    closing = template.end_of_answer(answer, whole[start:], [*messages, following], **options)
     if closing is None:
         raise DataError(
             f"the chat template ends this answer in {answer[-20:]!r} and in no control token, so that the model would "
@@ -139,61 +160,89 @@ def _encode_turn(
 def _opening(whole: str, template: ChatTemplate, options: dict[str, Any]) -> str:
     """Return the prompt of an answer that opens the conversation: all up to the end of the generation prompt."""
     cue = template.generation_prompt(**options)
-    while cue and cue not in whole:  # a generation prompt that opens a think block, which the answer lacks
-        cue = cue[:-1]
+    possible = [cue, cue.partition("<think")[0]]  # an answer may lack the think block that the cue opens
+    cue = next((one for one in possible if one and one in whole), "")
     if not cue:
-        raise DataError("the chat template opens no turn by its generation prompt, so an opening answer has no start")
+        raise DataError("the chat template cannot open a conversation with an answer")
     return whole[: whole.index(cue) + len(cue)]
+
+
+def _whole_tags(prompt: str, end: int) -> int:
+    """Return the length of a common prefix, cut back to before a tag of the prompt that it breaks."""
+    start = prompt.rfind("<", 0, end)
+    return start if end < len(prompt) and start >= 0 and ">" not in prompt[start:end] else end
+
+
+def _alone(message: Message, template: ChatTemplate, options: dict[str, Any]) -> tuple[list[int], str]:
+    """Return an answer as token ids and text, as the template writes it after a question."""
+    prompt = template.text([USER], add_generation_prompt=True, **options)
+    whole = template.text([USER, message], **options)
+    answer = whole[common_prefix(prompt, whole) :]
+    prompt_ids = template.token_ids([USER], prompt, add_generation_prompt=True, **options)
+    ids = template.token_ids([USER, message], whole, **options)
+    return ids[common_prefix(prompt_ids, ids) :], answer
+
+
+def _parted(prompt: list[int], answer: str, whole: list[int], template: ChatTemplate) -> list[int]:
+    """Return the tokens of prompt and answer, which the tokenizer would join at the border; generation cannot.
+
+    Raises:
+        DataError: the answer has other tokens by itself.
+    """
+    parted = prompt + template.tokenizer(answer, add_special_tokens=False).input_ids
+    if template.tokenizer.decode(parted) != template.tokenizer.decode(whole):
+        raise DataError("the answer's first characters join with the generation prompt to one token; strip white space")
+    return parted
 
 
 # Nothing that a row says may be missing from what the model reads.
 
 
-def _check_support(conversation: Conversation, template: ChatTemplate) -> None:
-    """Check that the template reads the tools and tool calls that a conversation has."""
-    calls = any("tool_calls" in message for message in conversation.messages)
-    for key, is_used in (("tools", bool(conversation.tools)), ("tool_calls", calls)):
-        if is_used and not template.names(key):
+def _check_support(
+    source: str, messages: list[Message], tools: list[dict[str, Any]] | None, template: ChatTemplate
+) -> None:
+    """Check that the template reads the tools and tool calls that a conversation has, and can write their keys."""
+    calls = [call for message in messages for call in message.get("tool_calls", [])]
+    for name, value in (("tools", tools), ("tool_calls", calls)):
+        if value and not template.names(name):
             raise DataError(
-                f"{conversation.source} has `{key}`, which the chat template does not write; use a base whose template "
-                "knows tools, or name such a template by data.chat_template"
+                f"{source} has `{name}`, which the chat template does not write; use a base whose template knows "
+                "tools, or name such a template by data.chat_template"
             )
+        if key := template.key_with_control_tokens(value):
+            raise DataError(f"{source}: the key {key!r} of `{name}` has a control token in it")
 
 
 def _check_answer(message: Message, answer: str) -> None:
     """Check that the whole of an assistant's message is in the answer."""
-    written = _squeezed(answer)
-    for number, call in enumerate(message.get("tool_calls", []), 1):
-        function = call["function"]
-        if not all(_is_in(leaf, written) for leaf in (function["name"], *_leaves(function["arguments"]))):
-            raise DataError(f"the chat template drops tool call {number}, {function['name']}, or a part of it")
-    for key in ("content", "reasoning_content"):
-        if not _is_in(message.get(key, ""), written):
-            raise DataError(f"the chat template drops the {key} of this answer: {message[key].strip()[:60]!r}")
+    pieces = {"content": [message["content"]], "reasoning_content": [message.get("reasoning_content", "")]}
+    pieces |= {f"tool call {number}": _of_call(call) for number, call in enumerate(message.get("tool_calls", []), 1)}
+    pieces["name"] = [message.get("name", "")]
+    if dropped := _dropped(pieces, answer):
+        raise DataError(f"the chat template drops {dropped} of this answer, or a part of it")
 
 
-def _check_context(conversation: Conversation, text: str) -> None:
+def _check_context(source: str, messages: dict[int, Message], tools: tuple[dict[str, Any], ...], text: str) -> None:
     """Check that the messages without loss and the tools are in the text of the conversation."""
-    written = _squeezed(text)
-    context = [
-        (number, message)
-        for number, (message, is_trained) in enumerate(zip(conversation.messages, conversation.trained, strict=True), 1)
-        if not is_trained
-    ]
-    contents = [_squeezed(message["content"]) for _, message in context]
-    for number, message in context:
-        role, source = message["role"], conversation.source
-        # a short content may be in another one too, and must then be there once more
-        times = sum(other.count(_squeezed(message["content"])) for other in contents) if message["content"] else 0
-        if not _is_in(message["content"], written, times):
-            raise DataError(f"{source}, message {number}: the chat template drops the content of role {role}")
-        if role != "tool" and not _is_in(message.get("name", ""), written):  # a tool's name is that of its call
-            raise DataError(f"{source}, message {number}: the chat template drops the name {message['name']!r}")
-    for tool in conversation.tools:
+    pieces: dict[str, list[Any]] = {}
+    for number, message in messages.items():
+        what = f"of message {number} (role {message['role']})"
+        pieces[f"the content {what}"] = [message["content"]]
+        pieces[f"the tool calls {what}"] = [leaf for call in message.get("tool_calls", []) for leaf in _of_call(call)]
+        if message["role"] != "tool":  # a tool's name is that of its call
+            pieces[f"the name {message.get('name')!r} {what}"] = [message.get("name", "")]
+    for tool in tools:
         function = tool["function"]
-        parameters = (function.get("parameters") or {}).get("properties") or {}
-        if not all(_is_in(text, written) for text in (function["name"], function.get("description", ""), *parameters)):
-            raise DataError(f"{conversation.source}: the chat template drops the tool {function['name']} of `tools`")
+        parameters = function.get("parameters", {})
+        names = parameters.get("properties") or (parameters if "type" not in parameters else {})
+        pieces[f"the tool {function['name']} of `tools`"] = [function["name"], function.get("description", ""), *names]
+    if dropped := _dropped(pieces, text):
+        raise DataError(f"{source}: the chat template drops {dropped}")
+
+
+def _of_call(call: dict[str, Any]) -> list[Any]:
+    """Return the name of a tool call, and the keys and single values of its arguments."""
+    return [call["function"]["name"], *_leaves(call["function"]["arguments"])]
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -209,19 +258,36 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _is_in(value: Any, written: str, times: int = 1) -> bool:
-    """Return True if a template wrote a value, as text or as JSON, at least so many times.
+def _dropped(pieces: dict[str, list[Any]], text: str) -> str | None:
+    """Return the name of the first piece that a template has not written; None if it has written all.
+
+    A short piece may be within another one, and must then be there once more.
 
     Args:
-        value: text, number, boolean or None.
-        written: text without white space.
-        times: 0 if the value is empty.
+        pieces: name -> texts, numbers, booleans or None.
+        text: what the template has written.
     """
-    if value == "":
-        return True
+    written = _squeezed(text)
+    plain = [_squeezed(_as_text(value)) for values in pieces.values() for value in values]
+    for name, values in pieces.items():
+        for value in values:
+            needed = _squeezed(_as_text(value))
+            times = sum(other.count(needed) for other in plain) if needed else 0
+            if sum(written.count(form) for form in _forms(value)) < times:
+                return name
+    return None
+
+
+def _as_text(value: Any) -> str:
+    """Return a text as it is, and any other value as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _forms(value: Any) -> set[str]:
+    """Return the forms in which templates write a value, as text or as JSON, without white space."""
     as_json = {json.dumps(value), json.dumps(value, ensure_ascii=False)}
     forms = {str(value), *({form[1:-1] for form in as_json} if isinstance(value, str) else as_json)}
-    return any(written.count(_squeezed(form)) >= times for form in forms)
+    return {_squeezed(form) for form in forms}
 
 
 def _squeezed(text: str) -> str:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from raylora.base.serving import end_tokens
 from raylora.config.schema import DataSection
-from raylora.data.messages import REASONING, Message, split_reasoning, strings
+from raylora.data.messages import REASONING, ROLES, Message, split_reasoning, split_tool_calls, strings
 from raylora.errors import DataError, first_line
 
 CHATML = (
@@ -49,6 +49,9 @@ _TODAY = re.compile(r"strftime_now\(([\"'])(.+?)\1\)")
 
 USER: Message = {"role": "user", "content": "a"}
 """Message for asking a template what it writes."""
+
+LAST_CHARACTERS = 40
+"""Characters by which the end of an answer is found again in a longer conversation."""
 
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 """Errors with which a template ends on messages that it was not written for."""
@@ -90,11 +93,11 @@ def _from_file(path: Path) -> str:
     if not path.is_file():
         names = ", ".join(f"`{name}`" for name in (*NAMED, "tokenizer"))
         raise DataError(f"data.chat_template must be {names} or a Jinja file, found {path}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         # `generation` is a tag of transformers' own
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION_TAG.sub("", text))
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no Jinja template: {first_line(error)}") from error
     return text
 
@@ -117,12 +120,20 @@ class ChatTemplate:
     def adapt(self, message: Message) -> Message:
         """Return a message in the form that this template reads.
 
-        Reasoning is moved out of `<think>` in content, since content is written as plain text. A `developer` is a
-        `system`, OpenAI's older name, in a template that does not know the newer one.
+        Reasoning and tool calls are moved out of tags in content, since content is written as plain text. A `developer`
+        is a `system`, OpenAI's older name, in a template that does not know the newer one.
+
+        Raises:
+            DataError: the template does not know the role, or would cut the content at a `</think>` in it.
         """
         message = split_reasoning(message) if self._knows_reasoning else message
+        message = split_tool_calls(message) if self.names("tool_calls") else message
         if message["role"] == "developer" and not self.names("developer"):
             message = {**message, "role": "system"}
+        if message["role"] not in ROLES.values() and not self.names(message["role"]):
+            raise DataError(f"the chat template has no role {message['role']}")
+        if self._knows_reasoning and message["role"] == "assistant" and "</think>" in message["content"]:
+            raise DataError("the content has a </think> within it, where the chat template would cut it")
         return message
 
     def text(self, messages: list[Message], **options: Any) -> str:
@@ -153,6 +164,15 @@ class ChatTemplate:
         source = self.tokenizer.get_chat_template(tools=options.get("tools"))
         return {**options, "chat_template": _TODAY.sub(lambda found: repr(DATE.strftime(found[2])), source)}
 
+    def key_with_control_tokens(self, value: Any) -> str | None:
+        """Return a key within arguments or tools that contains a control token, which could not be written as text."""
+        if isinstance(value, dict):
+            own = next((key for key in value if self._control.search(key)), None)
+            return own or self.key_with_control_tokens(list(value.values()))
+        if isinstance(value, list | tuple):
+            return next((key for item in value if (key := self.key_with_control_tokens(item))), None)
+        return None
+
     def has_control_tokens(self, value: Any) -> bool:
         """Return True if a string within messages or tools contains one of the tokenizer's added tokens."""
         return any(self._control.search(text) for text in strings(value))
@@ -169,23 +189,25 @@ class ChatTemplate:
     def end_of_answer(self, text: str, answer: list[int], messages: list[Message], **options: Any) -> int | None:
         """Return the control token that ends an answer; None if nothing but text does.
 
-        In most templates it is the answer's last token, white space aside. In GLM's it opens the next turn.
+        In most templates it is the answer's last token, white space aside. In GLM's it opens the next turn. A token
+        that the tokenizer does not call special, such as `</tool_call>`, ends a part of an answer only.
 
         Args:
-            text: messages up to and with the answer, as text.
-            answer: token ids of the answer.
+            text: the answer as text.
+            answer: the answer as token ids.
             messages: messages up to and with the answer, and one more.
             options: as for `text`.
         """
-        for token in reversed(answer):
-            if self.tokenizer.decode([token]).strip():
-                if token in self.tokenizer.added_tokens_decoder:
-                    return token
-                break
-        longer = self.text(messages, **options)
-        following = self.tokenizer(longer.removeprefix(text), add_special_tokens=False).input_ids
-        is_next = longer.startswith(text) and following[:1] and following[0] in self.tokenizer.added_tokens_decoder
-        return following[0] if is_next else None
+        added = self.tokenizer.added_tokens_decoder
+        last = next((token for token in reversed(answer) if self.tokenizer.decode([token]).strip()), None)
+        if last in added and added[last].special:
+            return last
+        end = text.rstrip()[-LAST_CHARACTERS:]
+        _, found, rest = self.text(messages, **options).rpartition(end)
+        following = self.tokenizer(rest.lstrip(), add_special_tokens=False).input_ids[:1] if end and found else []
+        if following and following[0] in added and added[following[0]].special:
+            return following[0]
+        return last if last in added else None
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> list[int]:
@@ -203,8 +225,9 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
         template = ChatTemplate(tokenizer)
         turns = [USER, {"role": "assistant", "content": "b"}]
         text, asked = template.text(turns), template.text([USER], add_generation_prompt=True)
-        answer = tokenizer(text[common_prefix(asked, text) :], add_special_tokens=False).input_ids
-        ends.add(template.end_of_answer(text, answer, [*turns, USER]))
+        answer = text[common_prefix(asked, text) :]
+        ids = tokenizer(answer, add_special_tokens=False).input_ids
+        ends.add(template.end_of_answer(answer, ids, [*turns, USER]))
     return sorted(token for token in ends if token is not None)
 
 

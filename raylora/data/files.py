@@ -28,6 +28,14 @@ CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 BYTE_ORDER_MARKS = {BOM_UTF8: "utf-8-sig", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
 """First bytes of a text -> its encoding."""
 
+ROW_COLUMNS = {"messages", "conversations", "prompt", "completion"}
+"""Columns by which a JSON object is known as a row, and not as a container of rows."""
+
+DELIMITERS = ",;\t|"
+"""Delimiters of CSV files, of which the one that gives the header most columns is taken."""
+
+_LINE_END = re.compile("\r\n|\n|\r")
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -58,7 +66,7 @@ def read_file(path: str) -> list[Row]:
     if type == ".parquet":
         try:
             return pyarrow.parquet.read_table(pa.BufferReader(content)).to_pylist()
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path} is not a readable parquet file: {first_line(error)}") from error
     text = _decoded(content, path)
     if type in (".csv", ".tsv"):
@@ -97,7 +105,7 @@ def _decoded(content: bytes, path: str) -> str:
 def _read_jsonl(text: str, path: str) -> list[Row]:
     """Read a JSON object per line. Blank lines are skipped."""
     rows = []
-    for number, line in enumerate(re.split("\r\n|\n|\r", text), 1):
+    for number, line in enumerate(_LINE_END.split(text), 1):
         if line.strip():
             row = _parse(line, f"{path}:{number}")
             if not isinstance(row, dict):
@@ -114,8 +122,11 @@ def _read_json(text: str, path: str) -> list[Row]:
         if error.msg == "Extra data":
             return _read_jsonl(text, path)
         raise DataError(f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from error
-    if isinstance(rows, dict) and len(rows) == 1:
-        (rows,) = rows.values()
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or brackets too deep
+        raise DataError(f"{path}: JSON that cannot be read: {first_line(error)}") from error
+    if isinstance(rows, dict):
+        lists = [value for key, value in rows.items() if isinstance(value, list) and key not in ROW_COLUMNS]
+        rows = lists[0] if len(lists) == 1 else [rows] if rows.keys() & ROW_COLUMNS else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: must be a JSON array of objects")
     for number, row in enumerate(rows, 1):
@@ -126,11 +137,16 @@ def _read_json(text: str, path: str) -> list[Row]:
 def _read_csv(text: str, path: str) -> list[Row]:
     """Read delimited text with a header. Every value is text; line breaks in quotes are kept as they are."""
     csv.field_size_limit(sys.maxsize)  # 128 KiB by default, which long answers exceed
-    header = text.partition("\n")[0]
-    delimiter = "\t" if file_type(path) == ".tsv" else max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header, *rest = _LINE_END.split(text.lstrip(), maxsplit=1)
+    if declared := re.fullmatch("sep=(.)", header):  # Excel's own first line
+        text, header = rest[0], _LINE_END.split(rest[0], maxsplit=1)[0]
+    possible = declared[1] if declared else "\t" if file_type(path) == ".tsv" else DELIMITERS
+    delimiter = max(possible, key=lambda one: len(next(csv.reader([header], delimiter=one), [])))
+    reader = csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=delimiter, strict=True)
     try:
-        names = next(reader)
+        names = [name.strip() for name in next(reader, [])]
+        if not all(names) or len(set(names)) < len(names):
+            raise DataError(f"{path}:1: each column needs a name of its own, found {', '.join(names) or 'nothing'}")
         rows = []
         for values in reader:
             if not values:
@@ -149,6 +165,8 @@ def _parse(text: str, where: str) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}: {text.strip()[:60]}") from error
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or brackets too deep
+        raise DataError(f"{where}: JSON that cannot be read: {first_line(error)}") from error
     _check_text(value, where)
     return value
 

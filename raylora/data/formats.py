@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylora.data.files import Row
-from raylora.data.messages import Message, to_messages, to_tools
+from raylora.data.messages import Message, to_messages, to_tools, without_nulls
 from raylora.errors import DataError
 
 COLUMNS = {
@@ -26,12 +26,15 @@ COLUMNS = {
 
 OPTIONAL_COLUMNS = {
     "prompt-completion": ("references", "tools", "chat_template_kwargs"),
-    "messages": ("references", "tools", "system", "chat_template_kwargs"),
-    "conversations": ("references", "tools", "system", "chat_template_kwargs"),
+    "messages": ("references", "tools", "functions", "system", "chat_template_kwargs"),
+    "conversations": ("references", "tools", "functions", "system", "chat_template_kwargs"),
     "alpaca": ("references", "input", "system", "history"),
     "text": (),
 }
 """Dataset format -> columns that it uses where they are given."""
+
+FIRST_ROWS = 100
+"""Rows from which `auto` tells the format."""
 
 ANSWER_MARKERS = ("[/INST]", "<|im_start|>assistant\n", "<start_of_turn>model\n", "### Response:", "### Assistant:")
 """Text before an answer in `text` rows of common templates: Llama 2, ChatML, Gemma, Alpaca, Guanaco."""
@@ -59,6 +62,10 @@ class TextExample:
     def key(self) -> str:
         """Return a key that is equal for examples with the same prompt."""
         return repr(self.prompt or self.completion)
+
+    def all_keys(self) -> set[str]:
+        """Return the keys of all prompts that are trained on: the one."""
+        return {self.key()}
 
     def has_answer(self) -> bool:
         """Return True if there is an answer to learn."""
@@ -88,8 +95,16 @@ class Conversation:
     """File or data set and number of the row, for messages."""
 
     def key(self) -> str:
-        """Return a key that is equal for conversations with the same messages before the last answer."""
-        return repr(self.messages[:-1] or self.messages)
+        """Return a key that is equal for conversations with the same tools and messages before the last answer."""
+        return self._key(len(self.messages) - 1)
+
+    def all_keys(self) -> set[str]:
+        """Return the keys of all prompts that are trained on, one for each such answer."""
+        return {self._key(index) for index, is_trained in enumerate(self.trained) if is_trained}
+
+    def _key(self, index: int) -> str:
+        """Return the key of the prompt before a message."""
+        return repr((self.tools, self.messages[:index] or self.messages))
 
     def has_answer(self) -> bool:
         """Return True if the last answer has text or calls."""
@@ -118,7 +133,7 @@ def to_examples(
     Raises:
         DataError: no format fits, or a row lacks a column or holds another type (with the row's number).
     """
-    format = detect_format(rows[0], source) if format == "auto" else format
+    format = detect_format(rows, source) if format == "auto" else format
     convert = _CONVERTERS[format]
     examples = []
     for number, row in enumerate(rows, 1):
@@ -138,18 +153,23 @@ def to_examples(
     return examples
 
 
-def detect_format(row: Row, source: str) -> str:
-    """Return the dataset format of a row.
+def detect_format(rows: list[Row], source: str) -> str:
+    """Return the dataset format of the first rows.
+
+    Args:
+        rows: rows with the columns of the format, at least one. Those of no format are passed over.
+        source: opens the error message.
 
     Raises:
         DataError: no format has these columns.
     """
-    for format, columns in COLUMNS.items():
-        if all(row.get(column) is not None for column in columns):
-            return format
+    for row in rows[:FIRST_ROWS]:
+        for format, columns in COLUMNS.items():
+            if all(row.get(column) is not None for column in columns):
+                return format
     known = "; ".join(f"{format}: {', '.join(columns)}" for format, columns in COLUMNS.items())
     raise DataError(
-        f"{source}: no known dataset format has the columns {', '.join(row)}; known are {known}; "
+        f"{source}: no known dataset format has the columns {', '.join(rows[0])}; known are {known}; "
         "`data.columns: {prompt: question, completion: answer}` gives columns other names"
     )
 
@@ -174,6 +194,8 @@ def rename_columns(rows: list[Row], columns: Mapping[str, str], source: str) -> 
     if not columns:
         return rows
     missing = [name for name in columns.values() if not any(name in row for row in rows)]
+    if missing and all(name in rows[0] for name in columns):
+        return rows  # another part may have the format's own names
     if missing:
         raise DataError(f"{source}: data.columns names {', '.join(missing)}; the columns are {', '.join(rows[0])}")
     ours = {theirs: ours for ours, theirs in columns.items()}
@@ -194,10 +216,11 @@ def _from_text(row: Row, where: str) -> TextExample:
 
 def _from_prompt_completion(row: Row, where: str) -> Example:
     """Convert a row of `prompt` and `completion`, which are text or messages. Only the completion is trained on."""
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list | dict):
+    prompt, completion = _turns(row["prompt"]), _turns(row["completion"])
+    if isinstance(prompt, list | dict) or isinstance(completion, list | dict):
+        question = prompt if isinstance(prompt, list | dict) else [{"role": "user", "content": prompt}]
         answer = completion if isinstance(completion, list | dict) else [{"role": "assistant", "content": completion}]
-        asked, _ = to_messages(prompt)
+        asked, _ = to_messages(question)
         answered, trained = to_messages(answer)
         return _conversation(row, asked + answered, (False,) * len(asked) + trained, where)
     completion = _text(completion, "completion")
@@ -218,7 +241,9 @@ def _from_conversations(row: Row, where: str) -> Conversation:
 def _from_alpaca(row: Row, where: str) -> Conversation:
     """Convert a row of `instruction`, `input` and `output`, with `system` and `history` if given."""
     asked, given = _text(row["instruction"], "instruction"), _text(row.get("input") or "", "input")
-    turns = [turn for pair in row.get("history") or [] for turn in _history(pair)]
+    history = row.get("history") or []
+    history = json.loads(history) if isinstance(history, str) else history
+    turns = [turn for pair in history for turn in _history(pair)]
     turns.append({"role": "user", "content": f"{asked}\n\n### Input:\n{given}" if given else asked})
     turns.append({"role": "assistant", "content": _text(row["output"], "output")})
     return _conversation(row, *to_messages(turns), where)
@@ -250,13 +275,16 @@ def _conversation(row: Row, messages: tuple[Message, ...], trained: tuple[bool, 
     if not any(trained):
         raise ValueError("a conversation needs an assistant message to train on")
     end = len(trained) - trained[::-1].index(True)
-    kwargs = row.get("chat_template_kwargs")
+    kwargs = row.get("chat_template_kwargs") or {}
+    kwargs = without_nulls(json.loads(kwargs) if isinstance(kwargs, str) else kwargs) or {}
+    if not isinstance(kwargs, dict):
+        raise TypeError(f"chat_template_kwargs must be a mapping, found {kwargs!r:.60}")
     return Conversation(
         messages[:end],
         trained[:end],
-        to_tools(row.get("tools")),
+        to_tools(row.get("tools") or row.get("functions")),
         _references(row),
-        json.loads(kwargs) if isinstance(kwargs, str) else kwargs or {},
+        kwargs,
         where,
     )
 
@@ -265,8 +293,27 @@ def _references(row: Row) -> tuple[str, ...]:
     """Return the row's `references`, empty if it has none. A text is one reference, or a JSON list of them."""
     found = row.get("references") or []
     if isinstance(found, str):
-        found = json.loads(found) if found.startswith("[") else [found]
-    return tuple(str(reference) for reference in found)
+        try:
+            found = json.loads(found)
+        except json.JSONDecodeError:
+            found = [found]
+    if not isinstance(found, list):
+        found = [found]
+    if any(isinstance(reference, list | dict) for reference in found):
+        raise TypeError(f"references must be texts, found {found!r:.60}")
+    return tuple(str(reference) for reference in found if reference is not None)
+
+
+def _turns(value: Any) -> Any:
+    """Return messages that a CSV column holds as JSON text, and any other value unchanged."""
+    if not isinstance(value, str) or not re.match(r'\s*\[\s*\{\s*"', value):
+        return value
+    try:
+        messages = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    is_turns = all(isinstance(message, dict) and message.keys() & {"role", "from"} for message in messages)
+    return messages if is_turns else value
 
 
 def _text(value: Any, column: str) -> str:

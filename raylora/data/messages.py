@@ -26,10 +26,21 @@ ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of the reasoning before an answer: of vLLM and Qwen, of OpenRouter, and of gpt-oss."""
 
-MASKS = ("weight", "train", "training")
-"""Keys that say if a turn is trained on: OpenAI's weight, 0 or 1, and axolotl's booleans."""
+MASKS = ("weight", "train", "training", "loss")
+"""Keys that say if a turn is trained on: OpenAI's weight, 0 or 1, and the booleans of axolotl and ms-swift."""
 
-_THINK = re.compile(r"\s*<think>\n*(?P<reasoning>.*?)\n*</think>\n*(?P<content>.*)", re.DOTALL)
+NOT_TEXT = ("audio", "audios", "documents", "file", "files", "functions", "image", "images", "tools", "video", "videos")
+"""Keys of a message that hold what a model would have to read besides its text."""
+
+_THINK = re.compile(
+    r"(?:\s*<think>\n*(?P<tagged>.*?)\n*</think>|(?P<opened>.*?)\n+</think>(?=\n))\n*(?P<content>.*)", re.DOTALL
+)
+"""Reasoning before an answer. Some data sets leave out the opening tag, which the generation prompt has written."""
+
+_TOOL_CALLS = re.compile(r"(?P<content>.*?)(?P<calls>(?:<tool_call>.*?</tool_call>\s*)+)", re.DOTALL)
+"""Content of a turn that spells its tool calls, as Hermes's data sets do."""
+
+_TOOL_RESPONSE = re.compile(r"\s*<tool_response>\s*((?:(?!<tool_response>).)*?)\s*</tool_response>\s*", re.DOTALL)
 
 
 def to_messages(turns: Any) -> tuple[tuple[Message, ...], tuple[bool, ...]]:
@@ -72,12 +83,16 @@ def to_tools(tools: Any) -> tuple[dict[str, Any], ...]:
     """
     tools = _parsed(tools, "tools")
     found = []
-    for number, tool in enumerate(without_nulls(tools or []), 1):
-        tool = _parsed(tool, f"tool {number}")
+    for number, tool in enumerate([tools] if isinstance(tools, dict) else tools or [], 1):
+        tool = without_nulls(_parsed(tool, f"tool {number}"))
         tool = tool if isinstance(tool, dict) and "function" in tool else {"type": "function", "function": tool}
-        if not isinstance(tool["function"], dict) or "name" not in tool["function"]:
+        function = tool["function"]
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"tool {number} of `tools` has no name: {tool!r:.60}")
-        found.append(tool)
+        parameters = _parsed(function.get("parameters", {}), f"parameters of tool {function['name']}")
+        if not isinstance(parameters, dict):
+            raise TypeError(f"parameters of tool {function['name']} must be a mapping, found {parameters!r:.60}")
+        found.append({**tool, "function": {**function, **({"parameters": parameters} if parameters else {})}})
     return tuple(found)
 
 
@@ -109,13 +124,26 @@ def split_reasoning(message: Message) -> Message:
     found = _THINK.fullmatch(message["content"]) if message["role"] == "assistant" else None
     if found is None or "reasoning_content" in message:
         return message
-    rest = {key: value for key, value in message.items() if key != "content"}
-    reasoning = {"reasoning_content": found["reasoning"]} if found["reasoning"].strip() else {}
-    return {**rest, "content": found["content"], **reasoning}
+    reasoning = (found["tagged"] or found["opened"] or "").strip("\n")
+    return {**message, "content": found["content"], **({"reasoning_content": reasoning} if reasoning.strip() else {})}
+
+
+def split_tool_calls(message: Message) -> Message:
+    """Move tool calls that an assistant's content spells in `<tool_call>` to `tool_calls`; unwrap a spelt response."""
+    if message["role"] == "tool" and (response := _TOOL_RESPONSE.fullmatch(message["content"])):
+        return {**message, "content": response[1]}
+    found = _TOOL_CALLS.fullmatch(message["content"]) if message["role"] == "assistant" else None
+    if found is None or "tool_calls" in message:
+        return message
+    calls = [_json_or_none(text) for text in re.findall("<tool_call>(.*?)</tool_call>", found["calls"], re.DOTALL)]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        return message
+    return {**message, "content": found["content"].strip(), "tool_calls": [_call(call) for call in calls]}
 
 
 def _from_lists(turns: dict[str, Any]) -> list[Message]:
     """Return the turns of a conversation that is stored as one list per key, as old Arrow data sets have it."""
+    turns = without_nulls(turns)
     lengths = {len(values) for values in turns.values() if isinstance(values, list)}
     if len(lengths) != 1 or not all(isinstance(values, list) for values in turns.values()):
         raise TypeError(f"must be a list of messages, or lists of equal length, found {turns!r:.60}")
@@ -125,17 +153,25 @@ def _from_lists(turns: dict[str, Any]) -> list[Message]:
 def _to_message(turn: Message) -> Message:
     """Return a turn of any dialect as a message."""
     speaker = turn.get("role", turn.get("from"))
-    if speaker is None:
+    if not isinstance(speaker, str):
         raise ValueError(f"has neither `role` nor `from`; its keys: {', '.join(turn)}")
-    role = ROLES.get(speaker, speaker) if "role" in turn else ROLES.get(speaker)
-    if role is None:
+    # a template may know further roles of its own, which is checked where the template is known
+    role = ROLES.get(speaker.lower(), speaker if "role" in turn else "")
+    if not role:
         raise ValueError(f"unknown speaker {speaker!r}; known: {', '.join(ROLES)}")
-    content, parts_reasoning = _text(turn.get("content", turn.get("value", "")), role)
+    if unread := [key for key in NOT_TEXT if turn.get(key)]:
+        raise ValueError(f"has {', '.join(unread)}; only text can be trained on, and tools stand beside the messages")
+    said = next((turn[key] for key in ("content", "value", "refusal") if key in turn), None)
+    content, parts_reasoning = _text("" if said is None else said, role)
     reasoning = next((turn[key] for key in REASONING if turn.get(key)), "") or parts_reasoning
-    calls = _calls(turn, speaker, content)
+    if not isinstance(reasoning, str):
+        raise TypeError(f"reasoning must be text, found {reasoning!r:.60}")
+    calls = _calls(turn, speaker, said)
+    if said is None and not calls and not reasoning:
+        raise ValueError(f"has no content; its keys: {', '.join(turn)}")
     if calls and speaker in ("function_call", "tool_call"):
         content = ""
-    used = {"role", "from", "content", "value", "tool_calls", "function_call", *REASONING, *MASKS}
+    used = {"role", "from", "content", "value", "refusal", "tool_calls", "function_call", *REASONING, *MASKS, *NOT_TEXT}
     return {
         "role": role,
         "content": content,
@@ -149,13 +185,14 @@ def _text(content: Any, role: str) -> tuple[str, str]:
     """Return content as text, and the reasoning that its parts hold."""
     if isinstance(content, str):
         return content, ""
-    if role == "tool" and isinstance(content, dict):
+    is_parts = isinstance(content, list) and all(map(_is_part, content))
+    if role in ("tool", "assistant") and not is_parts:  # a result, or the call of a ShareGPT turn
         return json.dumps(content, ensure_ascii=False), ""
-    if not isinstance(content, list):
-        raise TypeError(f"content must be text, found {content!r:.60}")
+    if not is_parts:
+        raise TypeError(f"content must be text or a list of parts, found {content!r:.60}")
     texts, reasoning = [], []
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        kind = "text" if isinstance(part, str) else part.get("type", "text")
         if isinstance(part, str):
             texts.append(part)
         elif kind == "thinking":
@@ -167,18 +204,23 @@ def _text(content: Any, role: str) -> tuple[str, str]:
     return "".join(texts), "".join(reasoning)
 
 
+def _is_part(part: Any) -> bool:
+    """Return True for a text, or a mapping that says what it is."""
+    return isinstance(part, str) or (isinstance(part, dict) and bool(part.keys() & {"type", "text"}))
+
+
 def _part_texts(value: Any) -> list[str]:
     """Return the texts of a `thinking` part, which is text or a list of text parts."""
     return [value] if isinstance(value, str) else [part["text"] for part in value]
 
 
-def _calls(turn: Message, speaker: str, content: str) -> list[dict[str, Any]]:
+def _calls(turn: Message, speaker: str, content: Any) -> list[dict[str, Any]]:
     """Return the tool calls of a turn, each with its arguments as a mapping."""
-    calls = _parsed(turn.get("tool_calls", []), "tool_calls")
-    if "function_call" in turn:
+    calls = _parsed(turn.get("tool_calls"), "tool_calls") or []
+    if turn.get("function_call"):
         calls = [*calls, turn["function_call"]]
     if speaker in ("function_call", "tool_call"):
-        written = _json_or_none(content)
+        written = _json_or_none(content) if isinstance(content, str) else content
         written = written if isinstance(written, list) else [written]
         if all(isinstance(call, dict) and "name" in call for call in written):
             calls = written
@@ -188,9 +230,11 @@ def _calls(turn: Message, speaker: str, content: str) -> list[dict[str, Any]]:
 def _call(call: Any) -> dict[str, Any]:
     """Return one tool call in OpenAI's form."""
     call = _parsed(call, "tool call")
+    if not isinstance(call, dict):
+        raise TypeError(f"a tool call must be a mapping, found {call!r:.60}")
     call = call if "function" in call else {"function": call}
     function = _parsed(call["function"], "function")
-    if "name" not in function:
+    if not isinstance(function, dict) or "name" not in function:
         raise ValueError(f"a tool call has no name: {call!r:.60}")
     arguments = _parsed(function.get("arguments", function.get("parameters", {})), "arguments") or {}
     if not isinstance(arguments, dict):

@@ -76,7 +76,8 @@ class PreparedData:
 def _notes(part: str, summary: PartSummary) -> Iterator[str]:
     """Yield a sentence for each count of a part that is not 0."""
     for count, total, what in (
-        (summary.n_cut_answers, summary.rows, "rows lose the end of an answer to data.max_length"),
+        (summary.n_cut_answers, summary.rows + summary.n_dropped, "rows lose the end of an answer to data.max_length"),
+        (summary.n_dropped, summary.rows + summary.n_dropped, "rows are left out for their length"),
         (summary.n_repeated, summary.rows, "rows have the tokens of an earlier row"),
         (summary.n_empty_answers, summary.examples, "answers are empty, so that only their end is learned"),
         (summary.n_control_tokens, summary.examples, "conversations spell control tokens, which are read as text"),

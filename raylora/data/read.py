@@ -43,8 +43,8 @@ def read_rows(
     if is_hub_source(source):
         name, split = hub_split(source, split)
         found = {name: _read_hub(name, subset, split, revision)}
-    elif path.is_dir() and (path / "state.json").is_file():
-        found = {source: datasets.load_from_disk(str(path)).to_list()}
+    elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        found = {source: _read_saved(path, split)}
     else:
         found = {file: read_file(file) for file in _files(source, split)}
     if not any(found.values()):
@@ -69,7 +69,17 @@ def _files(source: str, split: str) -> list[str]:
     files = sorted(glob.glob(str(path), recursive=True))
     if not files:
         raise DataError(f"data file not found: {source}")
-    return files
+    return [file for file in files if file_type(file) in SUFFIXES] or files
+
+
+def _read_saved(folder: Path, split: str) -> list[Row]:
+    """Read a folder that `save_to_disk` of `datasets` wrote."""
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise DataError(f"{folder} has no split {split}, only {', '.join(map(str, saved))}")
+        saved = saved[split]
+    return saved.to_list()
 
 
 def _urls(pattern: str) -> list[str]:
@@ -84,8 +94,9 @@ def _urls(pattern: str) -> list[str]:
 
 
 def _is_data(path: Path) -> bool:
-    """Return True for a data file that is neither hidden nor in a hidden folder."""
-    return file_type(str(path)) in SUFFIXES and not any(part.startswith((".", "_")) for part in path.parts)
+    """Return True for a data file that is neither hidden, nor in a hidden folder, nor a description of the others."""
+    hidden = any(part.startswith((".", "_")) for part in path.parts)
+    return file_type(str(path)) in SUFFIXES and not hidden and not path.name.startswith("dataset_info")
 
 
 def _of_split(files: list[str], split: str, folder: str) -> list[str]:
@@ -94,11 +105,16 @@ def _of_split(files: list[str], split: str, folder: str) -> list[str]:
         raise DataError(f"{folder} holds no data file: none ends in {', '.join(SUFFIXES)}")
     by_split: dict[str, list[str]] = {}
     for file in files:
-        words = re.split(r"[^a-z]+", file.removeprefix(folder).lower())
+        words = re.split(r"[^a-z]+", str(Path(file).relative_to(Path(folder).expanduser())).lower())
         found = next((name for name, known in SPLITS.items() if set(known) & set(words)), "")
         by_split.setdefault(found, []).append(file)
     if list(by_split) == [""]:
         return files
+    if "" in by_split:
+        raise DataError(
+            f"{folder} has files of the splits {', '.join(filter(None, by_split))} and files of none, such as "
+            f"{by_split[''][0]}; name those you mean by a pattern"
+        )
     if split not in by_split:
         raise DataError(f"{folder} has no files of split {split}, only of {', '.join(filter(None, by_split))}")
     return by_split[split]
@@ -107,7 +123,8 @@ def _of_split(files: list[str], split: str, folder: str) -> list[str]:
 def is_hub_source(source: str) -> bool:
     """Return True for the id of a Hub data set, with or without a split."""
     path = Path(source).expanduser()
-    is_elsewhere = "://" in source or any(one in source for one in "*?[") or path.exists()
+    name = source.partition(":")[0]  # a split may be a slice, such as train[:10%]
+    is_elsewhere = "://" in source or any(one in name for one in "*?[") or path.exists()
     return not (is_elsewhere or source.count("/") > 1 or path.suffix.lower() in (*SUFFIXES, *CODECS))
 
 

@@ -1,7 +1,9 @@
 """Splits examples by prompt into disjoint train, validation and held-out parts."""
 
 import hashlib
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 from raylora.config.schema import DataSection
 from raylora.data.files import Row
@@ -11,6 +13,10 @@ from raylora.errors import DataError
 
 PARTS = ("train", "validation", "heldout")
 """Names of the parts, and of the settings that name their files."""
+
+
+OWN_SPLITS = {"validation": "validation", "heldout": "test"}
+"""Part -> its split in a folder, or in the Hub data set of the training rows, if the setting names none."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +87,15 @@ class _Source:
         """Read the source that `data` names for a part."""
         source = getattr(data, part)
         own = hub_split(source, "")[0] == hub_split(data.train, "")[0]  # another data set has commits of its own
+        is_split = own or Path(source).expanduser().is_dir()
         files = read_rows(
             source,
             subset=data.subset if own else None,
-            split=data.split if part == "train" or data.validation is None else part,
+            split=OWN_SPLITS[part] if part in OWN_SPLITS and is_split else data.split,
             revision=data.revision if own else None,
         )
         name, rows = next(iter(files.items()))
-        first = rename_columns(rows[:1], data.columns, name)[0]
+        first = rename_columns(rows, data.columns, name)
         return cls(files, detect_format(first, name) if data.format == "auto" else data.format)
 
     def examples(self, data: DataSection, bad_rows: list[DataError]) -> list[Example]:
@@ -121,13 +128,13 @@ def _without_overlap(given: dict[str, list[Example]], data: DataSection) -> tupl
     train = given["train"]
     for part in ("validation", "heldout"):
         others = {one.key() for one in given.get(part, [])}
-        overlapping = [one for one in train if one.key() in others]
+        overlapping = [one for one in train if one.all_keys() & others]
         if overlapping and data.overlap == "error":
             raise DataError(
                 f"{data.train} and {getattr(data, part)} must share no prompt, found {len(overlapping)} training rows, "
                 f"e.g. {overlapping[0].key()[:80]}; `data.overlap: drop` leaves them out of training"
             )
-        train = [one for one in train if one.key() not in others]
+        train = [one for one in train if not one.all_keys() & others]
     return train, len(given["train"]) - len(train)
 
 
@@ -149,9 +156,7 @@ def _split_off(
         DataError: no row would be left.
     """
     target = size if size >= 1 else max(1, round(size * len(examples)))
-    groups: dict[str, list[int]] = {}
-    for index, one in enumerate(examples):
-        groups.setdefault(one.key(), []).append(index)
+    groups = _groups(examples)
     taken: set[int] = set()
     for key in sorted(groups, key=lambda key: _order(key, data.seed)):
         if len(taken) >= target:
@@ -164,6 +169,29 @@ def _split_off(
         )
     chosen = [one for index, one in enumerate(examples) if index in taken]
     return chosen, [one for index, one in enumerate(examples) if index not in taken]
+
+
+def _groups(examples: list[Example]) -> dict[str, list[int]]:
+    """Group examples that must stay in one part: those with the same prompt, and those that train on another's prompt.
+
+    Returns:
+        Key of a prompt -> indices of the examples.
+    """
+    parents: dict[str, str] = {one.key(): one.key() for one in examples}
+
+    def root(key: str) -> str:
+        while parents[key] != key:
+            key = parents[key]
+        return key
+
+    for one in examples:
+        for key in one.all_keys() & parents.keys():  # an earlier turn may be the last one of another conversation
+            first, second = sorted((root(key), root(one.key())))
+            parents[second] = first
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, one in enumerate(examples):
+        groups[root(one.key())].append(index)
+    return groups
 
 
 def _order(key: str, seed: int) -> bytes:

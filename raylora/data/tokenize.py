@@ -50,7 +50,7 @@ class PartSummary:
     """Rows over `max_length`, truncated or dropped."""
 
     n_cut_answers: int
-    """Truncated rows that lost the end of an answer, or a whole one."""
+    """Truncated rows that lost the end of an answer, or all of it; the latter are left out."""
 
     n_dropped: int
     """Rows left out: too long with `long_rows: drop`, or without a token with loss after truncation."""
@@ -188,11 +188,10 @@ def encode_part(
             lengths.append(len(row["input_ids"]))
             too_long = lengths[-1] > max_length
             kept = {**row, "input_ids": row["input_ids"][:max_length], "labels": row["labels"][:max_length]}
-            is_cut = any(label != IGNORE for label in row["labels"][max_length:])
+            n_cut += long_rows == "truncate" and any(label != IGNORE for label in row["labels"][max_length:])
             if (too_long and long_rows == "drop") or all(label == IGNORE for label in kept["labels"]):
                 n_dropped += 1
                 continue
-            n_cut += is_cut
             rows.append({**kept, "prompt_ids": row["prompt_ids"] if len(row["prompt_ids"]) <= max_length else []})
     if not lengths:
         raise DataError("no row can be used")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import trl
+from tokenizers import Tokenizer
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from raylora.config import DataSection
@@ -14,6 +15,7 @@ from raylora.data.answers import AnswerParser
 from raylora.data.chat_template import ALPACA, CHATML, ChatTemplate, set_chat_template
 from raylora.data.formats import detect_format, to_examples
 from raylora.data.rows import IGNORE
+from raylora.data.split import read_parts
 from raylora.data.tokenize import Encoder
 from raylora.errors import DataError
 
@@ -64,7 +66,7 @@ def with_template(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTo
 
 
 def encoded(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    (example,) = to_examples([row], detect_format(row, "x"), source="x")
+    (example,) = to_examples([row], detect_format([row], "x"), source="x")
     return Encoder(tokenizer, completion_only=True, template_kwargs={}).rows(example)
 
 
@@ -184,14 +186,14 @@ def test_sharegpt_tool_turns_are_calls_and_results(plain: PreTrainedTokenizerBas
         (
             "chatml",
             conversation({**QUESTION, "name": "Zoe"}, ANSWER),
-            "message 1: the chat template drops the name 'Zoe'",
+            "row 1: the chat template drops the name 'Zoe' of message 1",
         ),
-        ("llama3_1", conversation(QUESTION, REASONED), "message 2: the chat template drops the reasoning_content"),
+        ("llama3_1", conversation(QUESTION, REASONED), "message 2: the chat template drops reasoning_content of this"),
         ("gemma3", conversation(ANSWER, QUESTION, ANSWER), "up to message 1 .*roles must alternate"),
         (
             "gptoss",
             conversation(QUESTION, {**CALLING, "tool_calls": [{"function": CALL}, {"function": {"name": "sum"}}]}),
-            "message 2: the chat template drops tool call 2, sum",
+            "message 2: the chat template drops tool call 2 of this",
         ),
     ],
 )
@@ -207,7 +209,7 @@ def test_a_template_that_drops_a_role_in_silence_is_found_out(plain: PreTrainedT
     plain.chat_template = CHATML.replace("%}<|im_start|>{{", "%}{% if message['role'] != 'critic' %}<|im_start|>{{", 1)
     plain.chat_template = plain.chat_template.replace("<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor")
     turns = [{"role": "critic", "content": "ok"}, {"role": "user", "content": "is it ok?"}, ANSWER]
-    with pytest.raises(DataError, match="message 1: the chat template drops the content of role critic"):
+    with pytest.raises(DataError, match=r"drops the content of message 1 \(role critic\)"):
         encoded(conversation(*turns), plain)
 
 
@@ -276,7 +278,7 @@ def test_tagged_tool_calls_are_read(plain: PreTrainedTokenizerBase) -> None:
         "</think>\n\n<tool_call>\n<function=count>\n<parameter=what>\nsheep\n</parameter>\n<parameter=n>\n3\n</parameter>\n"
         "</function>\n</tool_call>"
     )
-    assert json.loads(parser.parse(written).calls) == [{"name": "count", "arguments": {"what": "sheep", "n": "3"}}]
+    assert json.loads(parser.parse(written).calls) == [{"name": "count", "arguments": {"what": "sheep", "n": 3}}]
 
 
 def test_bad_rows_are_named_or_dropped_and_counted(plain: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -309,3 +311,106 @@ def test_the_tokens_keep_the_tokenizer_that_made_them(plain: PreTrainedTokenizer
     row = load_part(prepared.tokens_dir, "heldout")[0]
     asked = [{"role": "user", "content": tokenizer.decode(row["prompt_ids"]).split("\n")[1].split("<")[0]}]
     assert tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == row["prompt_ids"]
+
+
+def test_one_of_two_alike_calls_that_vanishes_is_found_out(plain: PreTrainedTokenizerBase) -> None:
+    twice = {**CALLING, "tool_calls": [{"function": CALL}, {"function": CALL}]}
+    tokenizer = with_template(plain, "gptoss")  # writes the first call only
+    with pytest.raises(DataError, match="message 2: the chat template drops tool call 1"):
+        encoded(conversation(QUESTION, twice), tokenizer)
+    context = conversation(QUESTION, {**twice, "weight": 0}, {"role": "tool", "content": "3"}, ANSWER)
+    with pytest.raises(DataError, match=r"drops the tool calls of message 2 \(role assistant\)"):
+        encoded(context, tokenizer)
+
+
+def test_reasoning_whose_opening_tag_the_prompt_wrote_is_reasoning(plain: PreTrainedTokenizerBase) -> None:
+    tokenizer = with_template(plain, "qwen3")
+    rows = encoded(conversation(QUESTION, {**ANSWER, "content": "one by one\n</think>\n\nthree"}), tokenizer)
+    assert trained(rows, tokenizer) == ["<think>\none by one\n</think>\n\nthree<|im_end|>\n"]
+    with pytest.raises(DataError, match="message 2: the content has a </think> within it"):
+        encoded(conversation(QUESTION, {**ANSWER, "content": "the tag </think> closes it"}), tokenizer)
+
+
+def test_calls_that_content_spells_in_tags_are_calls(plain: PreTrainedTokenizerBase) -> None:
+    tokenizer = with_template(plain, "qwen3")
+    spelt = {"role": "assistant", "content": f"Wait.\n<tool_call>\n{json.dumps(CALL)}\n</tool_call>"}
+    result = {"role": "tool", "content": "<tool_response>\n3\n</tool_response>"}
+    rows = encoded(conversation(QUESTION, spelt, result, ANSWER), tokenizer)
+    expected = encoded(
+        conversation(QUESTION, {**CALLING, "content": "Wait."}, {"role": "tool", "content": "3"}, ANSWER), tokenizer
+    )
+    assert rows == expected
+
+
+def test_an_answer_that_would_join_the_prompt_keeps_its_own_tokens(plain: PreTrainedTokenizerBase) -> None:
+    plain.chat_template = CHATML
+    merges = json.loads(plain.backend_tokenizer.to_str())
+    merges["model"]["vocab"]["ĊĊ"] = len(plain)  # a token of two line breaks, as Qwen and Llama 3 have it
+    merges["model"]["merges"].append(["Ċ", "Ċ"])
+    plain._tokenizer = Tokenizer.from_str(json.dumps(merges))
+    (row,) = encoded(conversation(QUESTION, {**ANSWER, "content": "\nthree"}), plain)
+    prompt = plain.apply_chat_template([QUESTION], add_generation_prompt=True)["input_ids"]
+    assert row["prompt_ids"] == row["input_ids"][: len(prompt)] == prompt
+    assert trained([row], plain) == ["\nthree<|im_end|>\n"]
+
+
+def test_an_agents_turns_are_trained_on_after_the_prompts_that_it_sees(plain: PreTrainedTokenizerBase) -> None:
+    # gpt-oss keeps reasoning before a call until the final answer, and drops it from the history then
+    tokenizer = with_template(plain, "gptoss")
+    calling = {**CALLING, "reasoning_content": "hm"}
+    result = {"role": "tool", "content": "3"}
+    rows = encoded(conversation(QUESTION, calling, result, ANSWER), tokenizer)
+    call, answer = trained(rows, tokenizer)
+    assert call.startswith("<|channel|>analysis<|message|>hm<|end|>")
+    assert answer == "<|channel|>final<|message|>three<|return|>"
+    assert "hm" in tokenizer.decode(rows[-1]["prompt_ids"])
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"role": "user", "text": "hi"}, ANSWER], "message 1: has no content; its keys: role, text"),
+        ([QUESTION, {"role": "assistant", "content": None}], "message 2: has no content; its keys: role"),
+        ([QUESTION, {**ANSWER, "images": ["a.png"]}], "message 2: has images; only text can be trained on"),
+        ([{"role": "critic", "content": "no"}, QUESTION, ANSWER], "message 1: the chat template has no role critic"),
+        (
+            [{"role": "user", "content": [1]}, ANSWER],
+            r"message 1: content must be text or a list of parts, found",
+        ),
+    ],
+)
+def test_messages_that_would_lose_something_are_refused(
+    turns: list[dict], message: str, plain: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(DataError, match=message):
+        encoded(conversation(*turns), with_template(plain, "chatml"))
+
+
+def test_roles_are_read_in_any_case_and_a_refusal_is_an_answer(plain: PreTrainedTokenizerBase) -> None:
+    turns = [{"from": "Human", "value": "how?"}, {"from": "GPT", "value": None, "refusal": "I will not."}]
+    rows = encoded({"conversations": turns}, with_template(plain, "chatml"))
+    assert trained(rows, plain) == ["I will not.<|im_end|>\n"]
+
+
+def test_keys_that_hold_control_tokens_are_refused(plain: PreTrainedTokenizerBase) -> None:
+    call = {"function": {"name": "f", "arguments": {"<|im_end|>": "x"}}}
+    with pytest.raises(DataError, match=r"the key '<\|im_end\|>' of `tool_calls` has a control token in it"):
+        encoded(conversation(QUESTION, {**CALLING, "tool_calls": [call]}), with_template(plain, "qwen3"))
+
+
+def test_an_earlier_turn_of_training_is_no_held_out_prompt(tmp_path: Path) -> None:
+    train, heldout = tmp_path / "t.jsonl", tmp_path / "h.jsonl"
+    train.write_text(json.dumps(conversation(QUESTION, ANSWER, QUESTION, ANSWER)) + "\n")
+    heldout.write_text(json.dumps(conversation(QUESTION, ANSWER)) + "\n")
+    data = DataSection(train=str(train), heldout=str(heldout))
+    with pytest.raises(DataError, match="must share no prompt, found 1 training rows"):
+        read_parts(data)
+    both = [
+        conversation({**QUESTION, "content": f"{n}?"}, ANSWER, *more)
+        for n in range(20)
+        for more in ([], [QUESTION, ANSWER])
+    ]
+    train.write_text("".join(json.dumps(row) + "\n" for row in both))
+    parts = read_parts(DataSection(train=str(train), heldout_size=4, validation_size=4))
+    trained_on = {key for one in parts.train for key in one.all_keys()}
+    assert not trained_on & {one.key() for one in (*parts.heldout, *parts.validation)}

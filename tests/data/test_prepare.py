@@ -56,7 +56,7 @@ def test_unreadable_files_say_where(tmp_path: Path, name: str, content: str | No
 
 
 def converted(row: dict, format: str = "auto") -> Example:
-    (example,) = to_examples([row], detect_format(row, "x") if format == "auto" else format, source="x")
+    (example,) = to_examples([row], detect_format([row], "x") if format == "auto" else format, source="x")
     return example
 
 
@@ -106,7 +106,7 @@ def test_each_dataset_format_is_told_from_its_columns() -> None:
 )
 def test_rows_that_fit_no_dataset_format_say_which(rows: list[dict], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        to_examples(rows, detect_format(rows[0], "x"), source="x")
+        to_examples(rows, detect_format(rows, "x"), source="x")
 
 
 def test_parts_share_no_prompt_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
