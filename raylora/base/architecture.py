@@ -22,6 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from raylora.errors import BaseModelError, ConfigError
 
+MAMBA_TYPES, MAMBA_REFUSED = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}, {"out_proj", "conv1d"}
+"""Model types in which peft refuses to adapt some layers, whose weights fused kernels read (peft 0.21,
+`_check_lora_target_modules_mamba` in peft/tuners/tuners_utils.py)."""
+
+MOE_REFUSED = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+"""Names of layers that peft takes for those of the experts, which are one parameter in transformers 5, so that it would
+adapt the experts instead (peft 0.21, `_MOE_TARGET_MODULE_MAPPING` in peft/utils/transformers_weight_conversion.py)."""
+
 EXPERT_DIMENSIONS = 3
 """Dimensions of a parameter that holds the weights of several experts: (n_experts, out, in)."""
 
@@ -128,7 +136,7 @@ class Architecture:
     output head, in the model's order."""
 
     others: frozenset[str]
-    """Names of the linear layers elsewhere, e.g. of a vision tower. They are never adapted."""
+    """Names of linear layers that are never adapted: of a vision tower, or those that peft cannot adapt."""
 
     n_linear: int
     """Weights of all these layers, which QLoRA stores in 4 bit."""
@@ -143,25 +151,27 @@ class Architecture:
     def of(cls, model: PreTrainedModel) -> "Architecture":
         """Return the architecture of a model, with or without weights."""
         head, decoder = model.get_output_embeddings(), model.get_decoder()
-        inside = next((name for name, module in model.named_modules() if module is decoder), "")
+        inside = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+        sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        experts = [name for name, shape in sizes.items() if "expert" in name and len(shape) == EXPERT_DIMENSIONS]
+        refused = MOE_REFUSED if experts else MAMBA_REFUSED if model.config.model_type in MAMBA_TYPES else set()
         shapes, others, n_linear = {}, set(), 0
         for name, module in model.named_modules():
             if module is head or not isinstance(module, torch.nn.Linear | Conv1D):
                 continue
             shape = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
             n_linear += shape[0] * shape[1]
-            if name.startswith(f"{inside}." if inside else ""):
+            if name.startswith(inside) and _leaf(name) not in refused:
                 shapes[name] = shape
             else:
                 others.add(name)
-        sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
         linear = {*shapes, *others}
         return cls(
             shapes=shapes,
             others=frozenset(others),
             n_linear=n_linear,
             n_rest=sum(shape.numel() for name, shape in sizes.items() if name.removesuffix(".weight") not in linear),
-            n_experts=sum(shape.numel() for shape in sizes.values() if len(shape) == EXPERT_DIMENSIONS),
+            n_experts=sum(sizes[name].numel() for name in experts),
         )
 
     @classmethod
@@ -192,8 +202,6 @@ class Architecture:
                 raise ConfigError(
                     f"target_modules: no module is named {', '.join(unknown)}; the model has {', '.join(self._leaves)}"
                 )
-            if not any(is_target(name, given) for name in self.others):
-                return given
             chosen = [name for name in self.shapes if is_target(name, given)]
         short = sorted({_leaf(name) for name in chosen})
         rest = (self.shapes.keys() | self.others) - set(chosen)

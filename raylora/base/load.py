@@ -94,6 +94,9 @@ def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any)
     )
     check_complete(found, checkpoint)
     model.eval()
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.to(dtype)  # transformers 5.23 leaves parts of a quantized base as stored
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weight at the first forward in evaluation mode.

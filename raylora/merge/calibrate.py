@@ -94,12 +94,12 @@ class _RoundingHook:
         """Compute statistics of the layer's inputs, and return the adapter's half as the layer's input."""
         (batch,) = inputs
         rows, length = self._present.shape
-        if batch.shape[:2] != (2 * rows, length):
+        if batch.shape[:-1] not in ((2 * rows, length), (2 * rows * length,)):
             raise MergeError(
                 f"calibration needs inputs of shape (rows, tokens, features), found {tuple(batch.shape)} in {name}"
             )
         if batch is not self._batch:  # queries, keys and values share their inputs, and so do gates and ups
-            merged, target = batch.chunk(2)
+            merged, target = batch.view(2 * rows, length, -1).chunk(2)
             self._batch, self._inputs = (
                 batch,
                 CalibrationInputs(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from raylora.base.architecture import Architecture
 from raylora.base.load import compute_dtype, load_base_model
 from raylora.config.schema import SearchConfig
-from raylora.data.rows import TokenRows, load_part
+from raylora.data.rows import IGNORE, TokenRows, load_part
 from raylora.errors import PackingError
 from raylora.training.memory import MemoryEstimate, free_memory_mib, tokens_per_pass
 from raylora.training.packed.adapter import Adapter
@@ -105,6 +105,9 @@ def load_packed(
     except Exception as error:  # whatever a model's code raises for rows laid end to end
         engine.pack.close()
         raise PackingError(f"the model cannot be packed: {type(error).__name__}: {error}") from error
+    if not _rows_stay_apart(engine, rows, device):
+        engine.pack.close()
+        raise PackingError("packed, a row's loss depends on its neighbour, by layers beside attention that mix tokens")
     # bfloat16 has 8 significant bits, and the pack sums in another order
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     if not abs(found - expected) <= tolerance * expected:
@@ -117,6 +120,20 @@ def _two_rows(model: PreTrainedModel) -> list[torch.Tensor]:
     """Return random token ids of two rows of different lengths."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator) for n in (9, 14)]
+
+
+def _rows_stay_apart(engine: PackedEngine, rows: list[torch.Tensor], device: str) -> bool:
+    """Return True if the loss of a row is the same to the bit whatever stands before it in the pack.
+
+    Layers of linear attention or state spaces pass on what they have read, over the border of two rows.
+    """
+    first, second = rows
+    labels = [torch.full_like(first, IGNORE), second]
+    losses = {
+        engine.pack.nll([MicroBatch(_no_adapter(device), [other, second], labels)]).item()
+        for other in (first, first.flip(0))
+    }
+    return len(losses) == 1
 
 
 @torch.no_grad()
