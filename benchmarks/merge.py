@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from raylora.base.locate import find_checkpoint, load_tokenizer
+from raylora.base.serving import end_tokens
 from raylora.config.load import load_config
 from raylora.config.schema import SearchConfig
 from raylora.data.prepare import prepare_data
@@ -146,6 +147,7 @@ class Examiner(MergeEvaluator):
             model,
             tokenizer,
             list(self._heldout["prompt_ids"]),
+            stop_token_ids=sorted({*self._bench.plan.data.stop_token_ids, *end_tokens(model.generation_config)}),
             max_new_tokens=section.max_new_tokens,
             batch_size=section.batch_size,
         )

@@ -212,6 +212,19 @@ class Architecture:
         targets = self.targets(setting)
         return {name: shape for name, shape in self.shapes.items() if is_target(name, targets)}
 
+    def notes(self) -> list[str]:
+        """Return a sentence on each part of the base that is not adapted."""
+        found = []
+        if self.n_experts:
+            found.append(
+                f"note: {self.n_experts:,} weights of experts stay in 16 bit and are not adapted; what is adapted: "
+                f"{', '.join(self._leaves)}"
+            )
+        if self.others:
+            names = sorted({_leaf(name) for name in self.others})
+            found.append(f"note: {len(self.others)} linear layers are not adapted, such as {', '.join(names[:4])}")
+        return found
+
     @cached_property
     def _leaves(self) -> list[str]:
         return sorted({_leaf(name) for name in self.shapes})

@@ -1,5 +1,6 @@
 """Reads and writes model checkpoints tensor by tensor, so that at most one shard is in memory."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -18,6 +19,9 @@ from raylora.run.atomic import write_json
 
 SHARD_BYTES = 2 * 2**30
 """Largest shard to write, in bytes. Our choice: a merge keeps one shard in memory."""
+
+N_SAMPLED, N_ROWS = 16, 8
+"""Tensors of a file, and rows of each, that a fingerprint hashes. Our choice: milliseconds, and no two bases alike."""
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 """File patterns of weights and their indexes, as transformers names them."""
@@ -116,6 +120,24 @@ def local_directory(checkpoint: str, revision: str | None) -> Path:
     return (
         path if path.is_dir() else Path(snapshot_download(checkpoint, revision=revision, ignore_patterns=list(UNUSED)))
     )
+
+
+def fingerprint(checkpoint: str, revision: str | None) -> str:
+    """Return 16 hexadecimal digits that stand for the weights of a base: a hash of a few rows of some tensors.
+
+    Args:
+        checkpoint: directory or Hub id.
+        revision: Hub branch, tag or commit.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(local_directory(checkpoint, revision).glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as tensors:
+            names = sorted(tensors.keys())
+            for name in names[:: max(1, len(names) // N_SAMPLED)]:
+                part = tensors.get_slice(name)
+                rows = part[:N_ROWS] if part.get_shape() else tensors.get_tensor(name)
+                digest.update(name.encode() + rows.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class ShardWriter:

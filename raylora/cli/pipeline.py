@@ -105,6 +105,8 @@ def _show_plan(screen: Console, plan: Plan) -> None:
         f"{memory.total_mib(plan.slots, plan.tokens_per_pass):.0f} with {plan.slots} of them and "
         f"{plan.tokens_per_pass} tokens a pass"
     )
+    for line in plan.notes:
+        screen.print(line)
 
 
 def _show_data(screen: Console, data: PreparedData) -> None:

@@ -8,6 +8,7 @@ import datasets
 import fsspec
 from huggingface_hub import HfApi
 
+from raylora.config.schema import DataSection
 from raylora.data.files import CODECS, SUFFIXES, Row, file_type, read_file
 from raylora.errors import DataError, first_line
 
@@ -50,6 +51,18 @@ def read_rows(
     if not any(found.values()):
         raise DataError(f"{source} holds no rows")
     return {name: rows for name, rows in found.items() if rows}
+
+
+def check_sources(data: DataSection) -> None:
+    """Check that the files that settings name are there, before anything that takes long.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    for source in (data.train, data.validation, data.heldout):
+        is_path = source is not None and not is_hub_source(source) and "://" not in source
+        if source is not None and is_path and not Path(source).expanduser().is_dir():
+            _files(source, data.split)
 
 
 def _files(source: str, split: str) -> list[str]:

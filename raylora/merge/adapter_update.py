@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,6 +28,9 @@ CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 ADAPTER = "default"
 """Name that peft gives to the only adapter of a model."""
+
+WRAPPERS = (".original_module.", ".token_adapter.")
+"""Parts of names in peft's wrappers that name no parameter of the base."""
 
 FROZEN_COPY = ".base_layer.weight"
 """Suffix of the base's embeddings, which peft saves unchanged beside a LoRA of them. Only their shape is checked."""
@@ -73,6 +77,7 @@ class AdapterUpdate:
         """
         settings = _lora_config(adapter)
         tensors = _read(adapter)
+        _check_vocabulary(adapter, tensors, config)
         base = without_weights(config, trust_remote_code=trust_remote_code)
         self.names = TensorNames(base)
         """Names of the base's tensors, stored and in the model."""
@@ -152,9 +157,35 @@ class AdapterUpdate:
             saved = f".modules_to_save.{ADAPTER}."
             if saved in name:
                 found[name.replace(saved, ".")] = parameter.data
-            elif not parameter.is_meta and "lora_" not in name and ".original_module." not in name:
+            elif not parameter.is_meta and not any(part in name for part in ("lora_", *WRAPPERS)):
                 found[name.replace(".base_layer.", ".")] = parameter.data
         return found
+
+    def trained_tokens(self) -> dict[str, tuple[list[int], torch.Tensor]]:
+        """Return the rows of embeddings that the adapter replaces (`trainable_token_indices`).
+
+        Returns:
+            Name of the weight in the base -> token ids, and their rows: (n_tokens, dim).
+        """
+        found = {}
+        for name, module in self._base.named_modules():
+            if isinstance(module, TrainableTokensLayer):
+                rows = module.trainable_tokens_delta[ADAPTER].data
+                weight = f"{name.removesuffix('.token_adapter')}.weight"
+                found[weight] = (list(module.token_indices[ADAPTER]), rows)
+        return found
+
+
+def _check_vocabulary(adapter: Path, tensors: dict[str, torch.Tensor], config: PretrainedConfig) -> None:
+    """Check that an adapter with embeddings of its own has as many as the base."""
+    size = config.get_text_config().vocab_size
+    for name, tensor in tensors.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and tensor.shape[0] != size:
+            raise MergeError(
+                f"{adapter} was trained on a base of {tensor.shape[0]} embeddings, and this one has {size}; resize it "
+                "first (`model.resize_token_embeddings` of transformers), save it with the adapter's tokenizer, and "
+                "name that directory as the base"
+            )
 
 
 def _frozen(values: torch.Tensor) -> torch.nn.Parameter:

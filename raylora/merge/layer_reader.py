@@ -108,6 +108,10 @@ class LayerReader:
                 changed |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
             elif self.updates.adds_bias(name):
                 changed[f"{name}.bias"] = self.target(name)[1]
+        for name, (token_ids, rows) in self.updates.trained_tokens().items():
+            stored = self.checkpoint.tensor(name) if self.checkpoint.has(name) else self._embeddings()
+            changed[name] = changed.get(name, stored).float().clone()
+            changed[name][token_ids] = rows.float()
         if self._tied and changed.keys() & set(self.updates.embeddings()):
             for name in self.updates.embeddings():
                 changed.setdefault(name, self._embeddings())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raylora.base.locate import find_checkpoint, load_tokenizer
+from raylora.base.locate import find_checkpoint, is_gguf, load_tokenizer
 from raylora.base.serving import ServingFiles
 from raylora.config.load import build_merge_config, change_config
 from raylora.data.of_run import data_of_run
@@ -17,6 +17,7 @@ from raylora.data.prepare import prepare_data
 from raylora.errors import DeviceError, RunDirectoryError
 from raylora.merge.adapter_update import find_adapter
 from raylora.merge.job import MergeJob
+from raylora.merge.same_base import write_base_file
 from raylora.merge.select import merge_adapter
 from raylora.run.atomic import PREFIX, replacing, write_json
 from raylora.run.directory import RunDirectory
@@ -47,15 +48,17 @@ def _save_adapter(run: RunDirectory, trial: TrialRow, directory: Path) -> None:
     assert trial.checkpoint is not None  # written before its loss was reported
     checkpoint, config = run.path / trial.checkpoint, run.config()
     base, data = config.base_model, data_of_run(run, config)
-    serving = ServingFiles.of_training(data.tokenizer(), find_checkpoint(base, run.cache(config)), data.stop_token_ids)
+    base_checkpoint = find_checkpoint(base, run.cache(config))
+    serving = ServingFiles.of_training(data.tokenizer(), base_checkpoint, data.stop_token_ids)
     with replacing(directory) as temporary:
         temporary.mkdir()
         shutil.copy(checkpoint / "adapter_model.safetensors", temporary)
         adapter_config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-        write_json(
-            temporary / "adapter_config.json",
-            {**adapter_config, "base_model_name_or_path": base.name, "revision": base.revision},
-        )
+        # peft and vLLM load the base by this name, for which a GGUF file's is of no use
+        loadable = base_checkpoint if is_gguf(base) else base.name
+        named = {"base_model_name_or_path": loadable, "revision": base.revision}
+        write_json(temporary / "adapter_config.json", {**adapter_config, **named})
+        write_base_file(temporary, base, base_checkpoint)
         serving.save(temporary)
 
 

@@ -9,7 +9,7 @@ from raylora.base.locate import find_checkpoint, load_model_config, load_tokeniz
 from raylora.config.kinds import corners
 from raylora.config.schema import SearchConfig
 from raylora.data.prepare import PreparedData, prepare_data
-from raylora.data.read import hub_commit
+from raylora.data.read import check_sources, hub_commit
 from raylora.errors import DeviceError
 from raylora.run.directory import RunDirectory
 from raylora.training.memory import MemoryEstimate, adapter_parameters, estimate_memory, tokens_per_pass
@@ -24,6 +24,9 @@ class Devices:
     where: str
     node_cpus: int
     """CPU cores of the largest node; no process can have more."""
+
+    memory_mib: float | None = None
+    """Memory of one lane's device in MiB; None if it is not known before the lane starts."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class Plan:
     memory: MemoryEstimate
     """Memory of the largest trials that the space allows."""
 
+    notes: list[str]
+    """Sentences on what is not adapted."""
+
 
 def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan:
     """Check model, data, modules and devices, and prepare the token cache.
@@ -58,6 +64,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         RayloraError: something would keep the search from running.
     """
     on_gpu, n_lanes = plan_lanes(config, devices)
+    check_sources(config.data)  # the Hub, which may be asked next, can keep one waiting
     cache_dir = run.cache(config)
     checkpoint = find_checkpoint(config.base_model, cache_dir)
     model_config = load_model_config(config.base_model, checkpoint)
@@ -85,6 +92,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         double_quant=config.base_model.double_quant,
         gradient_checkpointing=config.training.gradient_checkpointing,
     )
+    _check_memory(memory, architecture, devices)
     return Plan(
         config=config,
         data=data,
@@ -97,7 +105,19 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         threads=plan_threads(devices, n_lanes),
         node_cpus=devices.node_cpus,
         memory=memory,
+        notes=architecture.notes(),
     )
+
+
+def _check_memory(memory: MemoryEstimate, architecture: Architecture, devices: Devices) -> None:
+    """Check that the base fits where a lane runs."""
+    if devices.memory_mib is not None and memory.base_mib > devices.memory_mib:
+        share = architecture.n_experts / (architecture.n_linear + architecture.n_rest)
+        experts = f", with {share:.0%} of its weights in experts, which stay in 16 bit" if share else ""
+        raise DeviceError(
+            f"the base needs about {memory.base_mib / 1024:.0f} GiB{experts}, and {devices.where} has "
+            f"{devices.memory_mib / 1024:.0f}; name a smaller base"
+        )
 
 
 def pinned(config: SearchConfig, *, base_commit: str | None, data_commit: str | None) -> SearchConfig:

@@ -221,6 +221,8 @@ def make_base(kind: str, tiny_model: Path, directory: Path) -> Path:
         ("qwen2", {"modules_to_save": ["lm_head"]}),
         ("qwen2", {"target_modules": ["q_proj", "embed_tokens"]}),
         ("qwen2", {"use_dora": True}),
+        ("qwen2", {"trainable_token_indices": [5, 7]}),
+        ("gpt2", {"trainable_token_indices": {"wte": [5, 7], "lm_head": [9]}}),
         ("qwen2", {"use_rslora": True, "r": 8}),
     ],
 )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
 import yaml
@@ -67,8 +68,9 @@ def call_on_device(function: Callable[..., Any], *arguments: Any, on_gpu: bool, 
 
 def local_devices() -> Devices:
     """Return the devices of this machine."""
-    n_cpus = len(os.sched_getaffinity(0))
-    return Devices(torch.cuda.device_count(), n_cpus, "this machine", node_cpus=n_cpus)
+    n_cpus, n_gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    memory = min((torch.cuda.mem_get_info(gpu)[1] for gpu in range(n_gpus)), default=psutil.virtual_memory().total)
+    return Devices(n_gpus, n_cpus, "this machine", node_cpus=n_cpus, memory_mib=memory / 2**20)
 
 
 def cluster_devices() -> Devices:
