@@ -1,7 +1,8 @@
 """Generates greedy answers to prompts, in left-padded batches with a KV cache."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,6 +53,7 @@ def generate(
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        use_cache=True,
         eos_token_id=list(stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -59,8 +61,6 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     token_ids: list[list[int]] = [[] for _ in prompts]
     began = time.perf_counter()
-    # `generate` takes what `greedy` leaves open, such as a repetition penalty, from the model's own settings
-    own_settings, model.generation_config = model.generation_config, greedy
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         width = max(len(prompts[index]) for index in batch)
@@ -70,18 +70,29 @@ def generate(
             prompt = torch.tensor(prompts[index])
             input_ids[row, width - len(prompt) :] = prompt
             attention_mask[row, width - len(prompt) :] = 1
-        with torch.inference_mode():
+        with torch.inference_mode(), _generation_config(model, greedy):
             output = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
+                input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
             )
         for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
             token_ids[index] = _until(ids, ends)
-    model.generation_config = own_settings
     seconds = time.perf_counter() - began
     # the end token takes a step too, hence the 1
     n_tokens = sum(min(len(ids) + 1, max_new_tokens) for ids in token_ids)
     return Answers(token_ids, list(map(read, token_ids)), n_tokens / seconds)
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Give a model other generation settings for a while.
+
+    `generate` takes what its argument leaves open, such as a repetition penalty, from the model's own settings.
+    """
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:

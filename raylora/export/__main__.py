@@ -14,9 +14,10 @@ from raylora.cli.command import command, console, new_folder, run_command
 from raylora.export.gguf import convert, find_converter
 from raylora.export.hub import push
 from raylora.report.model_card import model_card
-from raylora.run.atomic import replacing, write_text
+from raylora.run.atomic import read_json, replacing, write_text
 from raylora.run.directory import RunDirectory, existing_run
 from raylora.run.lock import locked
+from raylora.run.state import SearchState
 
 
 class Format(StrEnum):
@@ -57,11 +58,15 @@ def export(
 
 
 def _merged(run: RunDirectory, form: str) -> Path:
-    """Return the directory of the merged model in one format. Merge again if the search did not write that format."""
+    """Return the directory of the merged model in one format.
+
+    Merge again if the search did not write that format, or if trials have finished since the merge.
+    """
     from raylora.merge.run import merge_run, save_best_adapter  # noqa: PLC0415  # loads torch
 
     directory = run.merged(form)
-    if not directory.is_dir():
+    finished = [trial.number for trial in SearchState.load(run).finished()]
+    if not directory.is_dir() or read_json(run.merge_file).get("finished") != finished:
         save_best_adapter(run)
         merge_run(run, {"merge.formats": str([*run.config().merge.formats, form])})
     return directory

@@ -73,8 +73,9 @@ def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dic
         overrides: dotted key -> value as typed on the command line.
 
     Returns:
-        The result of `merge_adapter`; `trial`, the number of the merged trial; and `merged_candidates`, number ->
-        validation loss after the merge, in nats per token.
+        The result of `merge_adapter`; `trial`, the number of the merged trial; `finished`, the numbers of the trials
+        that it was chosen from, best first; and `merged_candidates`, number -> validation loss after the merge, in
+        nats per token.
 
     Raises:
         MergeError: the merge cannot be made.
@@ -99,7 +100,12 @@ def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dic
         candidates = _merge_leaders(run, state, job)
         best = state.trials[min(candidates, key=lambda number: candidates[number])]
         _save_adapter(run, best, run.best_adapter)
-    result = {"trial": best.number if best else None, "merged_candidates": candidates, **merge_adapter(job)}
+    result = {
+        "trial": best.number if best else None,
+        "finished": [trial.number for trial in state.finished()],
+        "merged_candidates": candidates,
+        **merge_adapter(job),
+    }
     write_json(run.merge_file, result)
     return result
 
