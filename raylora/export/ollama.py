@@ -1,13 +1,28 @@
 """Writes an Ollama Modelfile: which file to run, how to ask it, and where it stops."""
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from pathlib import Path
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from raylora.base.serving import end_tokens
 from raylora.data.chat_template import TEMPLATE_ERRORS, USER, ChatTemplate
 from raylora.errors import MergeError
+from raylora.run.atomic import write_text
 
 SYSTEM, PROMPT = "some-system", "some-prompt"
 """Contents that the chat template is asked to write."""
+
+
+def write_modelfile(path: Path, file: str, model: Path) -> None:
+    """Write the Modelfile of a merged model.
+
+    Args:
+        path: file to write.
+        file: name of the GGUF file beside it.
+        model: directory of the merged model, with its tokenizer and generation settings.
+    """
+    settings = GenerationConfig.from_pretrained(model)
+    write_text(path, modelfile(file, AutoTokenizer.from_pretrained(model), settings))
 
 
 def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> str:

@@ -19,7 +19,7 @@ LOAD = {
     "residual": (
         'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "{name}", subfolder="adapter")'
     ),
-    "gguf": "llama-cli -m model-bf16.gguf",
+    "gguf": "ollama create {name} -f Modelfile  # or: llama-cli -m model-*.gguf",
 }
 """Format -> code that loads it."""
 

@@ -8,16 +8,37 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from raylora.errors import ConfigError, MergeError
 from raylora.export import hub
-from raylora.export.gguf import CONVERTER, convert, find_converter
+from raylora.export.gguf import CONVERTER, check_quantizer, convert, find_converter, quantize
 from raylora.export.hub import push
 from raylora.report.model_card import licence
 
 
-def test_gguf_needs_llama_cpps_converter(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gguf needs --llama-cpp, a checkout of llama\.cpp that holds convert_hf"):
-        find_converter(tmp_path)
+def test_gguf_needs_llama_cpps_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"--llama-cpp must be a checkout of llama\.cpp that holds convert_hf"):
+        find_converter(tmp_path, tmp_path)
     (tmp_path / CONVERTER).touch()
-    assert find_converter(tmp_path) == tmp_path / CONVERTER
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs sentencepiece; `pip install sentencepiece`"):
+        find_converter(tmp_path, tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert find_converter(tmp_path, tmp_path) == tmp_path / CONVERTER
+
+
+def test_quantizing_needs_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "")
+    check_quantizer("bf16", None)
+    with pytest.raises(
+        ConfigError, match=r"q4_k_m needs llama\.cpp: `pip install llama-cpp-python`, or llama-quantize"
+    ):
+        check_quantizer("q4_k_m", None)
+    program = tmp_path / "build" / "bin" / "llama-quantize"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho no such type >&2\nexit 1\n")
+    program.chmod(0o755)
+    check_quantizer("q4_k_m", tmp_path)
+    with pytest.raises(MergeError, match=r"could not quantize .* to q4_k_m: no such type"):
+        quantize(tmp_path / "a.gguf", tmp_path / "b.gguf", "q4_k_m", tmp_path)
 
 
 def test_a_failed_conversion_says_why(tmp_path: Path) -> None:
