@@ -144,6 +144,8 @@ def _encode_turn(
         whole, whole_text, same = prompt + answer_ids, prompt_text + answer, len(prompt_text)
     answer, start = whole_text[same:], common_prefix(prompt, whole)
     if same == len(prompt_text) and start < len(prompt):  # a token across the border, such as of two line breaks
+        if template.has_control_tokens(messages[-1]):
+            raise DataError("the answer joins with the generation prompt and holds control tokens; strip white space")
         whole, start = _parted(prompt, answer, whole, template), len(prompt)
     _check_answer(messages[-1], answer)
     closing = template.end_of_answer(answer, whole[start:], [*messages, following], **options)
