@@ -68,6 +68,8 @@ class PreparedData:
         lines = [line for part, summary in self.summaries.items() for line in _notes(part, summary)]
         if self.bad_rows:
             lines.append(f"warning: {len(self.bad_rows)} rows dropped; the first: {self.bad_rows[0]}")
+        if keys := self.summaries["train"].unread_keys:
+            lines.append(f"note: keys of messages not used: {', '.join(keys)}")
         if self.unused_columns:
             lines.append(f"note: columns not used: {', '.join(self.unused_columns)}")
         return lines

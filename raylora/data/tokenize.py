@@ -17,6 +17,9 @@ from raylora.data.formats import Example, TextExample
 from raylora.data.rows import IGNORE
 from raylora.errors import DataError
 
+READ_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
+"""Keys of messages whose loss would be an error, and the id that ties a result to its call."""
+
 
 @dataclass(frozen=True)
 class PartSummary:
@@ -67,6 +70,9 @@ class PartSummary:
     n_prompts_cut: int
     """Rows whose last answer lacks the end of the template's generation prompt, such as `<think>`."""
 
+    unread_keys: list[str]
+    """Keys of messages that the chat template does not name, such as `timestamp`."""
+
     closing_tokens: list[int]
     """Tokens that end answers, ascending; empty for texts."""
 
@@ -93,6 +99,8 @@ class Encoder:
         self.n_prompts_cut = 0
         """As in `PartSummary`."""
 
+        self._keys: set[str] = set()
+
     def rows(self, example: Example) -> list[dict[str, Any]]:
         """Tokenise one example.
 
@@ -114,6 +122,7 @@ class Encoder:
         assert self.template is not None  # `set_chat_template` checks it
         sequences = encode_chat(example, self.template, self._template_kwargs)
         last = sequences[-1]
+        self._keys |= {key for message in example.messages for key in message}
         self.n_prompts_cut += bool(last.prompt_cut.strip())
         self.closing_tokens |= {token for sequence in sequences for token in sequence.closing_tokens}
         self._answers = self._answers or AnswerParser(self.template)
@@ -125,6 +134,10 @@ class Encoder:
             return [_row(last.token_ids, [(0, len(last.token_ids))], prompt_ids, references, calls)]
         earlier = [_row(one.token_ids, one.spans, [], [], "") for one in sequences[:-1]]
         return [*earlier, _row(last.token_ids, last.spans, prompt_ids, references, calls)]
+
+    def unread_keys(self) -> list[str]:
+        """Return the keys of messages so far that the chat template does not name."""
+        return sorted(key for key in self._keys - READ_KEYS if self.template and not self.template.names(key))
 
 
 def encode_text(example: TextExample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -216,6 +229,7 @@ def encode_part(
             if encoder.template and not isinstance(example, TextExample)
         ),
         n_prompts_cut=encoder.n_prompts_cut,
+        unread_keys=encoder.unread_keys(),
         closing_tokens=sorted(encoder.closing_tokens),
     )
     columns = {name: [row[name] for row in rows] for name in _FEATURES}

@@ -302,9 +302,10 @@ def test_bad_rows_are_named_or_dropped_and_counted(plain: PreTrainedTokenizerBas
 
 def test_the_tokens_keep_the_tokenizer_that_made_them(plain: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     train = tmp_path / "t.jsonl"
-    rows = [conversation({**QUESTION, "content": f"{n}?"}, ANSWER) for n in range(20)]
+    rows = [conversation({**QUESTION, "content": f"{n}?", "sent": "now"}, ANSWER) for n in range(20)]
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepared = prepare_data(DataSection(train=str(train), chat_template="chatml"), plain, tmp_path)
+    assert prepared.notes() == ["note: keys of messages not used: sent"]
     tokenizer = prepared.tokenizer()
     assert tokenizer.chat_template == CHATML
     assert prepared.stop_token_ids == sorted(tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"]))
