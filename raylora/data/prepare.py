@@ -18,7 +18,7 @@ from raylora.errors import DataError
 from raylora.run.atomic import read_json, write_json
 from raylora.run.lock import made_once
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Version of the token cache. Raise it when the form of the cache changes."""
 
 SUMMARY = "summary.json"
@@ -112,8 +112,14 @@ def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_di
 
 
 def load_prepared(tokens_dir: Path) -> PreparedData:
-    """Open a token cache that `prepare_data` wrote."""
+    """Open a token cache that `prepare_data` wrote.
+
+    Raises:
+        DataError: another version of raylora wrote it.
+    """
     values = read_json(tokens_dir / SUMMARY)
+    if values.pop("version", None) != CACHE_VERSION:
+        raise DataError(f"{tokens_dir} was written by another version of raylora; start the search in a new directory")
     summaries = {part: PartSummary(**summary) for part, summary in values.pop("parts").items()}
     return PreparedData(tokens_dir, tokens_dir.name, summaries, **values)
 
@@ -144,6 +150,7 @@ def _encode_parts(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenize
     tokenizer.save_pretrained(directory / TOKENIZER)
     ends = {*stop_token_ids(tokenizer), *(token for one in summaries.values() for token in one.closing_tokens)}
     values = {
+        "version": CACHE_VERSION,
         "parts": {part: dataclasses.asdict(summary) for part, summary in summaries.items()},
         "n_overlapping": parts.n_overlapping,
         "n_duplicates": parts.n_duplicates,

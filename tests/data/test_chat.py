@@ -14,6 +14,7 @@ from raylora.data import load_part, prepare_data, stop_token_ids
 from raylora.data.answers import AnswerParser
 from raylora.data.chat_template import ALPACA, CHATML, ChatTemplate, set_chat_template
 from raylora.data.formats import detect_format, to_examples
+from raylora.data.prepare import load_prepared
 from raylora.data.rows import IGNORE
 from raylora.data.split import read_parts
 from raylora.data.tokenize import Encoder
@@ -415,3 +416,11 @@ def test_an_earlier_turn_of_training_is_no_held_out_prompt(tmp_path: Path) -> No
     parts = read_parts(DataSection(train=str(train), heldout_size=4, validation_size=4))
     trained_on = {key for one in parts.train for key in one.all_keys()}
     assert not trained_on & {one.key() for one in (*parts.heldout, *parts.validation)}
+
+
+def test_a_cache_of_another_version_is_refused(plain: PreTrainedTokenizerBase, tmp_path: Path, rows_file: Path) -> None:
+    prepared = prepare_data(DataSection(train=str(rows_file)), plain, tmp_path)
+    file = prepared.tokens_dir / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
+    with pytest.raises(DataError, match="was written by another version of raylora; start the search in a new dir"):
+        load_prepared(prepared.tokens_dir)
