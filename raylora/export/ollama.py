@@ -67,5 +67,6 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return text without the BOS token at its start."""
-    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
+    """Return text without the BOS token at its start, if the tokenizer adds one by itself, as Ollama then does."""
+    adds_bos = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GenerationConfig
 
 from raylora.data.chat_template import CHATML
@@ -27,6 +28,11 @@ def test_the_template_and_the_stop_words_are_in_the_modelfile(tiny_model: Path) 
 def test_a_template_without_system_messages_and_with_bos(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = WITHOUT_SYSTEM
+    written = modelfile("m.gguf", tokenizer, GenerationConfig(eos_token_id=1))
+    assert 'TEMPLATE """<s>[user]{{ .Prompt }}' in written  # this tokenizer adds no BOS, so Ollama would not either
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     written = modelfile("m.gguf", tokenizer, GenerationConfig(eos_token_id=1))
     assert 'TEMPLATE """[user]{{ .Prompt }}[assistant]{{ .Response }}"""' in written
 
