@@ -145,7 +145,7 @@ class Architecture:
     """Other parameters, which stay in 16 bit: embeddings, output head, norms and experts."""
 
     n_experts: int
-    """Those of `n_rest` that are weights of experts in one parameter. bitsandbytes does not quantize them."""
+    """Weights of experts that share one parameter, a part of `n_rest`. bitsandbytes does not quantize them."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Architecture":

@@ -61,6 +61,11 @@ class ServingFiles:
         self.generation_config.save_pretrained(directory)
 
 
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the tokenizer puts a BOS token before a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+
+
 def load_generation_config(checkpoint: str) -> GenerationConfig:
     """Return the generation settings of a checkpoint; transformers' defaults if it has none."""
     try:

@@ -2,13 +2,12 @@
 
 import itertools
 import math
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from raylora.config.assignment import Schedule, hint
-from raylora.config.optimizers import OPTIMIZERS
+from raylora.config.assignment import Schedule
+from raylora.config.rules import known_optimizer, local_path, pattern_with_group, share_or_count
 from raylora.config.space import SearchSpace, parse_space
 from raylora.errors import ConfigError
 
@@ -17,34 +16,6 @@ class Section(BaseModel):
     """Base class of all sections: frozen, strict about types, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-def _known_optimizer(name: str) -> str:
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name}{hint(name, OPTIMIZERS)}")
-    return name
-
-
-def _share_or_count(size: float) -> float:
-    if size >= 1 and not float(size).is_integer():
-        raise ValueError(f"must be a share below 1, or a whole number of rows, found {size}")
-    return size
-
-
-def _pattern_with_group(pattern: str) -> str:
-    try:
-        n_groups = re.compile(pattern).groups
-    except re.error as error:
-        raise ValueError(f"is no regular expression: {error}") from error
-    if not n_groups:
-        raise ValueError("must have a group (...), which is the answer")
-    return pattern
-
-
-def _local_path(path: str) -> str:
-    if "://" in path:
-        raise ValueError(f"must be a local path, found {path}")
-    return path
 
 
 class BaseModelSection(Section):
@@ -114,10 +85,10 @@ class DataSection(Section):
     completion_only_loss: bool = True
     """True to train on completions (assistant turns) only, in formats that mark them."""
 
-    validation_size: Annotated[float | int, AfterValidator(_share_or_count)] = Field(0.1, gt=0)
+    validation_size: Annotated[float | int, AfterValidator(share_or_count)] = Field(0.1, gt=0)
     """Rows to split off for validation: a share below 1, or a count."""
 
-    heldout_size: Annotated[float | int, AfterValidator(_share_or_count)] = Field(0.1, gt=0)
+    heldout_size: Annotated[float | int, AfterValidator(share_or_count)] = Field(0.1, gt=0)
     """Rows to split off as held-out: a share below 1, or a count."""
 
     max_train_rows: PositiveInt | None = None
@@ -151,7 +122,7 @@ class TrainingSection(Section):
     num_train_epochs: float = Field(1.0, gt=0)
     """Full budget of a trial in passes over the training rows, used if `max_steps` is None."""
 
-    optim: Annotated[str, AfterValidator(_known_optimizer)] = "adamw_torch"
+    optim: Annotated[str, AfterValidator(known_optimizer)] = "adamw_torch"
     """Optimizer by its name in transformers; `paged_adamw_32bit` needs a GPU and falls back to `adamw_torch`."""
 
     max_grad_norm: float = Field(1.0, ge=0)
@@ -284,7 +255,7 @@ class EvaluationSection(Section):
     batch_size: PositiveInt = 8
     """Prompts per generation batch."""
 
-    answer_pattern: Annotated[str, AfterValidator(_pattern_with_group)] | None = None
+    answer_pattern: Annotated[str, AfterValidator(pattern_with_group)] | None = None
     """Regular expression whose first group is the answer to compare as a number, e.g. `#### (.+)` for GSM8K."""
 
     n_samples: int = Field(5, ge=0)
@@ -310,7 +281,7 @@ class SearchConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the lanes: `cuda` demands a GPU for each lane, `auto` uses GPUs if there are any."""
 
-    cache_dir: Annotated[str, AfterValidator(_local_path)] | None = None
+    cache_dir: Annotated[str, AfterValidator(local_path)] | None = None
     """Directory of tokens and quantized bases; None is `.cache` beside the run directory."""
 
     @model_validator(mode="after")
@@ -381,5 +352,5 @@ class MergeConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the merge: `cuda` demands a GPU, `auto` uses one if there is one."""
 
-    cache_dir: Annotated[str, AfterValidator(_local_path)] | None = None
+    cache_dir: Annotated[str, AfterValidator(local_path)] | None = None
     """Directory of tokens and quantized bases; None is `.cache` beside the output."""

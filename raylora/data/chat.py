@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylora.data.chat_template import TEMPLATE_ERRORS, USER, ChatTemplate, common_prefix
-from raylora.data.formats import Conversation
+from raylora.data.examples import Conversation
 from raylora.data.messages import Message
 from raylora.errors import DataError, first_line
 

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from raylora.base.serving import end_tokens
+from raylora.base.serving import adds_bos, end_tokens
 from raylora.config.schema import DataSection
 from raylora.data.messages import REASONING, ROLES, Message, split_reasoning, split_tool_calls, strings
 from raylora.errors import DataError, first_line
@@ -84,8 +84,7 @@ def _fitted(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a template with the control tokens that a tokenizer has: BOS if it writes one, EOS to end a turn."""
     if len(tokenizer("<|im_end|>", add_special_tokens=False).input_ids) > 1:
         template = template.replace("<|im_end|>", "{{ eos_token }}")  # several tokens would stop no generation
-    bos = tokenizer.bos_token_id
-    return "{{ bos_token }}" + template if bos is not None and tokenizer("").input_ids[:1] == [bos] else template
+    return "{{ bos_token }}" + template if adds_bos(tokenizer) else template
 
 
 def _from_file(path: Path) -> str:

@@ -59,9 +59,9 @@ class PreparedData:
     stop_token_ids: list[int]
     """Tokens that end answers: EOS, and what the chat template ends them in. Ascending."""
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         """Load the tokenizer that made the tokens, with its chat template."""
-        return AutoTokenizer.from_pretrained(self.tokens_dir / TOKENIZER)
+        return AutoTokenizer.from_pretrained(self.tokens_dir / TOKENIZER, trust_remote_code=trust_remote_code)
 
     def notes(self) -> list[str]:
         """Return what a user should know about the rows, one sentence each. More than a few per cent is a warning."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raylora.config.schema import DataSection
+from raylora.data.examples import Example
 from raylora.data.files import Row
-from raylora.data.formats import Example, detect_format, rename_columns, to_examples, unused_columns
+from raylora.data.formats import detect_format, rename_columns, to_examples, unused_columns
 from raylora.data.read import hub_split, read_rows
 from raylora.errors import DataError
 

@@ -10,10 +10,11 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from raylora.base.serving import adds_bos
 from raylora.data.answers import AnswerParser
 from raylora.data.chat import encode_chat
 from raylora.data.chat_template import ChatTemplate, common_prefix
-from raylora.data.formats import Example, TextExample
+from raylora.data.examples import Example, TextExample
 from raylora.data.rows import IGNORE
 from raylora.errors import DataError
 
@@ -97,7 +98,7 @@ class Encoder:
         """Tokens that ended the answers so far."""
 
         self.n_prompts_cut = 0
-        """As in `PartSummary`."""
+        """Rows so far whose last answer lacks the end of the template's generation prompt."""
 
         self._keys: set[str] = set()
 
@@ -108,8 +109,7 @@ class Encoder:
             Rows, at least one, of `input_ids` (n,); `labels` (n,), IGNORE for a token without loss; `prompt_ids` (m,),
             from which generation starts, empty if the row has no prompt to answer; `references`, acceptable answers;
             and `calls`, the expected tool calls as of `ParsedAnswer` (the answer as text if they cannot be read), empty
-            if there are none. Only the last row of a
-            conversation has a prompt.
+            if there are none. Only the last row of a conversation has a prompt.
 
         Raises:
             DataError: the chat template cannot render the conversation as it is.
@@ -144,7 +144,7 @@ def encode_text(example: TextExample, tokenizer: PreTrainedTokenizerBase) -> tup
     """Return the token ids of the prompt, and of prompt and completion with EOS."""
     prompt, full = example.prompt, example.prompt + example.completion
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    if bos and full.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+    if bos and full.startswith(bos) and adds_bos(tokenizer):
         # Rows such as guanaco-llama2's spell out the BOS that the tokenizer adds too. One of the two must go.
         prompt, full = prompt.removeprefix(bos), full.removeprefix(bos)
     if eos and not full.endswith(eos):
@@ -187,7 +187,8 @@ def encode_part(
     """
     rows: list[dict[str, Any]] = []
     lengths: list[int] = []
-    n_cut = n_dropped = n_used = 0
+    used: list[Example] = []
+    n_cut = n_dropped = 0
     for example in examples:
         try:
             encoded = encoder.rows(example)
@@ -196,7 +197,7 @@ def encode_part(
                 raise
             on_bad_row(error)
             continue
-        n_used += 1
+        used.append(example)
         for row in encoded:
             lengths.append(len(row["input_ids"]))
             too_long = lengths[-1] > max_length
@@ -210,8 +211,8 @@ def encode_part(
         raise DataError("no row can be used")
     ordered = sorted(lengths)
     summary = PartSummary(
-        examples=n_used,
-        conversations=sum(not isinstance(example, TextExample) for example in examples),
+        examples=len(used),
+        conversations=sum(not isinstance(example, TextExample) for example in used),
         rows=len(rows),
         tokens=sum(len(row["input_ids"]) for row in rows),
         trained_tokens=sum(label != IGNORE for row in rows for label in row["labels"]),
@@ -222,10 +223,10 @@ def encode_part(
         n_cut_answers=n_cut,
         n_dropped=n_dropped,
         n_repeated=len(rows) - len({(*row["input_ids"], None, *row["labels"]) for row in rows}),
-        n_empty_answers=sum(not example.has_answer() for example in examples),
+        n_empty_answers=sum(not example.has_answer() for example in used),
         n_control_tokens=sum(
             encoder.template.has_control_tokens((example.messages, example.tools))
-            for example in examples
+            for example in used
             if encoder.template and not isinstance(example, TextExample)
         ),
         n_prompts_cut=encoder.n_prompts_cut,

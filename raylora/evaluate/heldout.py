@@ -44,7 +44,7 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
     device = "cuda:0" if provenance["on_gpu"] and torch.cuda.is_available() else "cpu"
     section, cache_dir = config.base_model, run.cache(config)
     data = data_of_run(run, config)
-    tokenizer = data.tokenizer()
+    tokenizer = data.tokenizer(trust_remote_code=section.trust_remote_code)
     reader = AnswerReader(tokenizer, is_chat=data.summaries["heldout"].conversations > 0)
     heldout = load_part(data.tokens_dir, "heldout")
     prompts = heldout.filter(lambda row: len(row["prompt_ids"]) > 0, keep_in_memory=True)

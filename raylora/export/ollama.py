@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from raylora.base.serving import end_tokens
+from raylora.base.serving import adds_bos, end_tokens
 from raylora.data.chat_template import TEMPLATE_ERRORS, USER, ChatTemplate
 from raylora.errors import MergeError
 from raylora.run.atomic import write_text
@@ -68,5 +68,4 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return text without the BOS token at its start, if the tokenizer adds one by itself, as Ollama then does."""
-    adds_bos = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
+    return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text

@@ -49,7 +49,8 @@ def _save_adapter(run: RunDirectory, trial: TrialRow, directory: Path) -> None:
     checkpoint, config = run.path / trial.checkpoint, run.config()
     base, data = config.base_model, data_of_run(run, config)
     base_checkpoint = find_checkpoint(base, run.cache(config))
-    serving = ServingFiles.of_training(data.tokenizer(), base_checkpoint, data.stop_token_ids)
+    tokenizer = data.tokenizer(trust_remote_code=base.trust_remote_code)
+    serving = ServingFiles.of_training(tokenizer, base_checkpoint, data.stop_token_ids)
     with replacing(directory) as temporary:
         temporary.mkdir()
         shutil.copy(checkpoint / "adapter_model.safetensors", temporary)

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from raylora.config import DataSection
 from raylora.data import prepare_data
+from raylora.data.examples import Conversation
 from raylora.data.files import read_file
-from raylora.data.formats import Conversation, to_examples
+from raylora.data.formats import to_examples
 from raylora.data.read import hub_split, is_hub_source, read_rows
 from raylora.data.split import read_parts
 from raylora.errors import DataError

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from raylora.config.schema import DataSection
 from raylora.data.chat_template import CHATML
-from raylora.data.formats import Conversation, Example, TextExample, detect_format, to_examples
+from raylora.data.examples import Conversation, Example, TextExample
+from raylora.data.formats import detect_format, to_examples
 from raylora.data.prepare import prepare_data
 from raylora.data.read import HfApi, hub_commit, read_rows
 from raylora.data.rows import load_part
