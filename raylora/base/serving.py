@@ -26,16 +26,21 @@ class ServingFiles:
 
     @classmethod
     def of_training(
-        cls, tokenizer: PreTrainedTokenizerBase, checkpoint: str, stop_token_ids: Iterable[int]
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        base: BaseModelSection,
+        checkpoint: str,
+        stop_token_ids: Iterable[int],
     ) -> "ServingFiles":
         """Return the files of a model that was trained with a tokenizer.
 
         Args:
             tokenizer: tokenizer, with its chat template.
+            base: the base model.
             checkpoint: directory or Hub id of the base, whose other generation settings are kept.
             stop_token_ids: tokens that end answers in the training data.
         """
-        settings = load_generation_config(checkpoint)
+        settings = load_generation_config(checkpoint, base.revision)
         settings.eos_token_id = sorted({*stop_token_ids, *end_tokens(settings)})
         settings.pad_token_id = tokenizer.pad_token_id
         return cls(tokenizer, settings)
@@ -53,7 +58,7 @@ class ServingFiles:
         tokenizer = load_tokenizer(base, str(adapter) if own_tokenizer else checkpoint)
         if (adapter / GENERATION_CONFIG_NAME).is_file():
             return cls(tokenizer, load_generation_config(str(adapter)))
-        return cls(tokenizer, load_generation_config(checkpoint))
+        return cls(tokenizer, load_generation_config(checkpoint, base.revision))
 
     def save(self, directory: Path) -> None:
         """Write both into a directory."""
@@ -66,10 +71,15 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def load_generation_config(checkpoint: str) -> GenerationConfig:
-    """Return the generation settings of a checkpoint; transformers' defaults if it has none."""
+def load_generation_config(checkpoint: str, revision: str | None = None) -> GenerationConfig:
+    """Return the generation settings of a checkpoint; transformers' defaults if it has none.
+
+    Args:
+        checkpoint: directory or Hub id.
+        revision: commit of a Hub id; None is the main branch.
+    """
     try:
-        return GenerationConfig.from_pretrained(checkpoint)
+        return GenerationConfig.from_pretrained(checkpoint, **({} if revision is None else {"revision": revision}))
     except OSError:
         return GenerationConfig()
 

@@ -29,6 +29,12 @@ class ChatSequence:
     spans: list[tuple[int, int]]
     """[start, end) of each answer with loss, ascending."""
 
+    message: int
+    """Index of the message that is the last answer."""
+
+    start: int
+    """First token of the last answer."""
+
     answer: str
     """Last answer as text, with control tokens."""
 
@@ -40,7 +46,11 @@ class ChatSequence:
 
 
 def encode_chat(
-    conversation: Conversation, template: ChatTemplate, template_kwargs: Mapping[str, Any]
+    conversation: Conversation,
+    template: ChatTemplate,
+    template_kwargs: Mapping[str, Any],
+    *,
+    one_answer_each: bool = False,
 ) -> list[ChatSequence]:
     """Tokenise a conversation.
 
@@ -48,6 +58,7 @@ def encode_chat(
         conversation: row of the data.
         template: chat template.
         template_kwargs: variables of the template for all rows.
+        one_answer_each: give each answer a sequence of its own.
 
     Returns:
         Sequences in the order of the turns, at least one. Each ends in an answer.
@@ -75,8 +86,9 @@ def encode_chat(
                 f"{conversation.source}: the chat template refuses the conversation up to message {index + 1} "
                 f"({messages[index]['role']}): {first_line(error)}"
             ) from error
-        if sequences and turn.token_ids[: len(sequences[-1].token_ids)] == sequences[-1].token_ids:
-            before = sequences.pop()
+        before = None if one_answer_each or not sequences else sequences[-1]
+        if before and turn.token_ids[: len(before.token_ids)] == before.token_ids:
+            sequences.pop()
             turn.spans = before.spans + turn.spans
             turn.closing_tokens |= before.closing_tokens
         sequences.append(turn)
@@ -156,7 +168,9 @@ def _encode_turn(
         )
     if closing not in whole[start:]:
         whole = [*whole, closing]
-    return ChatSequence(whole, whole_text, [(start, len(whole))], answer, prompt_text[same:], {closing})
+    return ChatSequence(
+        whole, whole_text, [(start, len(whole))], len(asked), start, answer, prompt_text[same:], {closing}
+    )
 
 
 def _opening(whole: str, template: ChatTemplate, options: dict[str, Any]) -> str:

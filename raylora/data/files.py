@@ -6,6 +6,8 @@ import json
 import re
 import sys
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,6 +20,12 @@ from raylora.errors import DataError, first_line
 
 Row = dict[str, Any]
 """One row: column -> value."""
+
+Rows = dict[int, Row]
+"""Number -> row. Rows are counted from 1; those of JSONL have the number of their line."""
+
+OnBadRow = Callable[[DataError], None] | None
+"""Takes the error of each row that cannot be used; None raises the first."""
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """File types that are read."""
@@ -39,17 +47,29 @@ _LINE_END = re.compile("\r\n|\n|\r")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+@contextmanager
+def bad_row_to(on_bad_row: OnBadRow) -> Iterator[None]:
+    """Give the error of a row to `on_bad_row`, and go on."""
+    try:
+        yield
+    except DataError as error:
+        if on_bad_row is None:
+            raise
+        on_bad_row(error)
+
+
 def file_type(path: str) -> str:
     """Return the suffix that tells how to read a file, without that of its compression; empty if there is none."""
     name = PurePosixPath(path.lower())
     return PurePosixPath(name.stem).suffix if name.suffix in CODECS else name.suffix
 
 
-def read_file(path: str) -> list[Row]:
+def read_file(path: str, on_bad_row: OnBadRow = None) -> Rows:
     """Read all rows of a file.
 
     Args:
         path: local path, or URL of a file system that fsspec knows.
+        on_bad_row: takes the error of each broken line of JSONL, and of each row that cannot be used.
 
     Raises:
         DataError: the file is missing, empty, broken (with the line), in an unknown encoding, or of an unknown type.
@@ -65,13 +85,13 @@ def read_file(path: str) -> list[Row]:
         raise DataError(f"{path} is empty")
     if type == ".parquet":
         try:
-            return pyarrow.parquet.read_table(pa.BufferReader(content)).to_pylist()
+            return dict(enumerate(pyarrow.parquet.read_table(pa.BufferReader(content)).to_pylist(), 1))
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path} is not a readable parquet file: {first_line(error)}") from error
     text = _decoded(content, path)
     if type in (".csv", ".tsv"):
-        return _read_csv(text, path)
-    return _read_json(text, path) if type == ".json" else _read_jsonl(text, path)
+        return _read_csv(text, path, on_bad_row)
+    return _read_json(text, path, on_bad_row) if type == ".json" else _read_jsonl(text, path, on_bad_row)
 
 
 def _content(path: str) -> bytes:
@@ -102,25 +122,23 @@ def _decoded(content: bytes, path: str) -> str:
         ) from error
 
 
-def _read_jsonl(text: str, path: str) -> list[Row]:
+def _read_jsonl(text: str, path: str, on_bad_row: OnBadRow) -> Rows:
     """Read a JSON object per line. Blank lines are skipped."""
-    rows = []
+    rows = {}
     for number, line in enumerate(_LINE_END.split(text), 1):
         if line.strip():
-            row = _parse(line, f"{path}:{number}")
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: must be a JSON object, found {line.strip()[:60]}")
-            rows.append(row)
+            with bad_row_to(on_bad_row):
+                rows[number] = _parse_row(line, f"{path}:{number}")
     return rows
 
 
-def _read_json(text: str, path: str) -> list[Row]:
+def _read_json(text: str, path: str, on_bad_row: OnBadRow) -> Rows:
     """Read a JSON array of objects, an object whose only value is such an array, or a JSON object per line."""
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            return _read_jsonl(text, path)
+            return _read_jsonl(text, path, on_bad_row)
         raise DataError(f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or brackets too deep
         raise DataError(f"{path}: JSON that cannot be read: {first_line(error)}") from error
@@ -129,12 +147,15 @@ def _read_json(text: str, path: str) -> list[Row]:
         rows = lists[0] if len(lists) == 1 else [rows] if rows.keys() & ROW_COLUMNS else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: must be a JSON array of objects")
+    checked = {}
     for number, row in enumerate(rows, 1):
-        _check_text(row, f"{path}: row {number}")
-    return rows
+        with bad_row_to(on_bad_row):
+            _check_text(row, f"{path}: row {number}")
+            checked[number] = row
+    return checked
 
 
-def _read_csv(text: str, path: str) -> list[Row]:
+def _read_csv(text: str, path: str, on_bad_row: OnBadRow) -> Rows:
     """Read delimited text with a header. Every value is text; line breaks in quotes are kept as they are."""
     csv.field_size_limit(sys.maxsize)  # 128 KiB by default, which long answers exceed
     header, *rest = _LINE_END.split(text.lstrip(), maxsplit=1)
@@ -147,26 +168,27 @@ def _read_csv(text: str, path: str) -> list[Row]:
         names = [name.strip() for name in next(reader, [])]
         if not all(names) or len(set(names)) < len(names):
             raise DataError(f"{path}:1: each column needs a name of its own, found {', '.join(names) or 'nothing'}")
-        rows = []
-        for values in reader:
-            if not values:
-                continue  # a blank line
-            if len(values) != len(names):
-                raise DataError(f"{path}:{reader.line_num}: {len(names)} columns expected, found {len(values)}")
-            rows.append(dict(zip(names, values, strict=True)))
+        rows: Rows = {}
+        for number, values in enumerate((values for values in reader if values), 1):  # a blank line has no values
+            with bad_row_to(on_bad_row):
+                if len(values) != len(names):
+                    raise DataError(f"{path}:{reader.line_num}: {len(names)} columns expected, found {len(values)}")
+                rows[number] = dict(zip(names, values, strict=True))
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: broken CSV: {error}") from error
     return rows
 
 
-def _parse(text: str, where: str) -> Any:
-    """Parse JSON. `where` opens the error message."""
+def _parse_row(text: str, where: str) -> Row:
+    """Parse a JSON object. `where` opens the error message."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}: {text.strip()[:60]}") from error
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or brackets too deep
         raise DataError(f"{where}: JSON that cannot be read: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: must be a JSON object, found {text.strip()[:60]}")
     _check_text(value, where)
     return value
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raylora.data.examples import Conversation, Example, TextExample
-from raylora.data.files import Row
+from raylora.data.files import OnBadRow, Row, Rows, bad_row_to
 from raylora.data.messages import Message, to_messages, to_tools, without_nulls
 from raylora.errors import DataError
 
@@ -40,30 +40,23 @@ ANSWER_MARKERS = ("[/INST]", "<|im_start|>assistant\n", "<start_of_turn>model\n"
 """Text before an answer in `text` rows of common templates: Llama 2, ChatML, Gemma, Alpaca, Guanaco."""
 
 
-def to_examples(
-    rows: list[Row],
-    format: str,
-    *,
-    source: str,
-    on_bad_row: Callable[[DataError], None] | None = None,
-) -> list[Example]:
+def to_examples(rows: Rows, format: str, *, source: str, on_bad_row: OnBadRow = None) -> list[Example]:
     """Convert rows, all of one dataset format.
 
     Args:
         rows: rows as read, at least one.
-        format: a key of `COLUMNS`, or `auto` to tell the format from the columns of the first row.
+        format: a key of `COLUMNS`.
         source: opens the error message.
         on_bad_row: takes the error of each row that cannot be used; None raises the first.
 
     Raises:
         DataError: no format fits, or a row lacks a column or holds another type (with the row's number).
     """
-    format = detect_format(rows, source) if format == "auto" else format
     convert = _CONVERTERS[format]
     examples = []
-    for number, row in enumerate(rows, 1):
+    for number, row in rows.items():
         where = f"{source}: row {number}"
-        try:
+        with bad_row_to(on_bad_row):
             missing = [column for column in COLUMNS[format] if row.get(column) is None]
             if missing:
                 raise DataError(f"{where} has no {', '.join(missing)}; its columns: {', '.join(row)}")
@@ -71,14 +64,10 @@ def to_examples(
                 examples.append(convert(row, where))
             except (TypeError, KeyError, ValueError) as error:
                 raise DataError(f"{where} is not of format {format}: {error}") from error
-        except DataError as error:
-            if on_bad_row is None:
-                raise
-            on_bad_row(error)
     return examples
 
 
-def detect_format(rows: list[Row], source: str) -> str:
+def detect_format(rows: Rows, source: str) -> str:
     """Return the dataset format of the first rows.
 
     Args:
@@ -88,13 +77,14 @@ def detect_format(rows: list[Row], source: str) -> str:
     Raises:
         DataError: no format has these columns.
     """
-    for row in rows[:FIRST_ROWS]:
+    first_rows = list(rows.values())[:FIRST_ROWS]
+    for row in first_rows:
         for format, columns in COLUMNS.items():
             if all(row.get(column) is not None for column in columns):
                 return format
     known = "; ".join(f"{format}: {', '.join(columns)}" for format, columns in COLUMNS.items())
     raise DataError(
-        f"{source}: no known dataset format has the columns {', '.join(rows[0])}; known are {known}; "
+        f"{source}: no known dataset format has the columns {', '.join(first_rows[0])}; known are {known}; "
         "`data.columns: {prompt: question, completion: answer}` gives columns other names"
     )
 
@@ -105,7 +95,7 @@ def unused_columns(row: Row, format: str, columns: Mapping[str, str]) -> list[st
     return [column for column in row if column not in used]
 
 
-def rename_columns(rows: list[Row], columns: Mapping[str, str], source: str) -> list[Row]:
+def rename_columns(rows: Rows, columns: Mapping[str, str], source: str) -> Rows:
     """Return the rows with their columns named as the format names them.
 
     Args:
@@ -118,16 +108,17 @@ def rename_columns(rows: list[Row], columns: Mapping[str, str], source: str) -> 
     """
     if not columns:
         return rows
-    missing = [name for name in columns.values() if not any(name in row for row in rows)]
-    if missing and all(name in rows[0] for name in columns):
+    first_row = next(iter(rows.values()))
+    missing = [name for name in columns.values() if not any(name in row for row in rows.values())]
+    if missing and all(name in first_row for name in columns):
         return rows  # another part may have the format's own names
     if missing:
-        raise DataError(f"{source}: data.columns names {', '.join(missing)}; the columns are {', '.join(rows[0])}")
+        raise DataError(f"{source}: data.columns names {', '.join(missing)}; the columns are {', '.join(first_row)}")
     ours = {theirs: ours for ours, theirs in columns.items()}
-    return [
-        {ours.get(name, name): value for name, value in row.items() if name in ours or name not in columns}
-        for row in rows
-    ]
+    return {
+        number: {ours.get(name, name): value for name, value in row.items() if name in ours or name not in columns}
+        for number, row in rows.items()
+    }
 
 
 def _from_text(row: Row, where: str) -> TextExample:

@@ -18,7 +18,7 @@ from raylora.errors import DataError
 from raylora.run.atomic import read_json, write_json
 from raylora.run.lock import made_once
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Version of the token cache. Raise it when the form of the cache changes."""
 
 SUMMARY = "summary.json"
@@ -130,7 +130,10 @@ def _encode_parts(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenize
     summaries: dict[str, PartSummary] = {}
     for part in PARTS:
         encoder = Encoder(
-            tokenizer, completion_only=data.completion_only_loss, template_kwargs=data.chat_template_kwargs
+            tokenizer,
+            completion_only=data.completion_only_loss,
+            template_kwargs=data.chat_template_kwargs,
+            one_answer_per_row=part == "heldout",
         )
         dataset, summaries[part] = encode_part(
             getattr(parts, part),

@@ -9,7 +9,7 @@ import fsspec
 from huggingface_hub import HfApi
 
 from raylora.config.schema import DataSection
-from raylora.data.files import CODECS, SUFFIXES, Row, file_type, read_file
+from raylora.data.files import CODECS, SUFFIXES, OnBadRow, Row, Rows, file_type, read_file
 from raylora.errors import DataError, first_line
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -24,8 +24,13 @@ SPLITS = {
 
 
 def read_rows(
-    source: str, *, subset: str | None = None, split: str = "train", revision: str | None = None
-) -> dict[str, list[Row]]:
+    source: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    on_bad_row: OnBadRow = None,
+) -> dict[str, Rows]:
     """Read all rows of one source.
 
     Args:
@@ -33,6 +38,7 @@ def read_rows(
         subset: configuration name of a Hub data set.
         split: split of a Hub data set or folder that has several.
         revision: branch, tag or commit of a Hub data set.
+        on_bad_row: as for `read_file`.
 
     Returns:
         File or Hub id -> its rows; at least one row in all.
@@ -43,11 +49,11 @@ def read_rows(
     path = Path(source).expanduser()
     if is_hub_source(source):
         name, split = hub_split(source, split)
-        found = {name: _read_hub(name, subset, split, revision)}
+        found = {name: dict(enumerate(_read_hub(name, subset, split, revision), 1))}
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        found = {source: _read_saved(path, split)}
+        found = {source: dict(enumerate(_read_saved(path, split), 1))}
     else:
-        found = {file: read_file(file) for file in _files(source, split)}
+        found = {file: read_file(file, on_bad_row) for file in _files(source, split)}
     if not any(found.values()):
         raise DataError(f"{source} holds no rows")
     return {name: rows for name, rows in found.items() if rows}
@@ -81,7 +87,8 @@ def _files(source: str, split: str) -> list[str]:
         return _of_split(files, split, source)
     files = sorted(glob.glob(str(path), recursive=True))
     if not files:
-        raise DataError(f"data file not found: {source}")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"data file not found: {source}{where}")
     return [file for file in files if file_type(file) in SUFFIXES] or files
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raylora.config.schema import DataSection
 from raylora.data.examples import Example
-from raylora.data.files import Row
+from raylora.data.files import OnBadRow, Row, Rows
 from raylora.data.formats import detect_format, rename_columns, to_examples, unused_columns
 from raylora.data.read import hub_split, read_rows
 from raylora.errors import DataError
@@ -50,8 +50,9 @@ def read_parts(data: DataSection) -> Parts:
         DataError: a source is broken, parts overlap, or there are too few prompts to split.
     """
     bad_rows: list[DataError] = []
-    sources = {part: _Source.read(data, part) for part in PARTS if getattr(data, part) is not None}
-    given = {part: source.examples(data, bad_rows) for part, source in sources.items()}
+    on_bad_row = bad_rows.append if data.bad_rows == "drop" else None
+    sources = {part: _Source.read(data, part, on_bad_row) for part in PARTS if getattr(data, part) is not None}
+    given = {part: source.examples(data, on_bad_row) for part, source in sources.items()}
     train, n_overlapping = _without_overlap(given, data)
     heldout = given.get("heldout")
     validation = given.get("validation")
@@ -77,14 +78,14 @@ def read_parts(data: DataSection) -> Parts:
 class _Source:
     """Rows that a setting names."""
 
-    files: dict[str, list[Row]]
+    files: dict[str, Rows]
     """File or Hub id -> its rows."""
 
     format: str
     """Dataset format."""
 
     @classmethod
-    def read(cls, data: DataSection, part: str) -> "_Source":
+    def read(cls, data: DataSection, part: str, on_bad_row: OnBadRow) -> "_Source":
         """Read the source that `data` names for a part."""
         source = getattr(data, part)
         own = hub_split(source, "")[0] == hub_split(data.train, "")[0]  # another data set has commits of its own
@@ -94,27 +95,25 @@ class _Source:
             subset=data.subset if own else None,
             split=OWN_SPLITS[part] if part in OWN_SPLITS and is_split else data.split,
             revision=data.revision if own else None,
+            on_bad_row=on_bad_row,
         )
         name, rows = next(iter(files.items()))
         first = rename_columns(rows, data.columns, name)
         return cls(files, detect_format(first, name) if data.format == "auto" else data.format)
 
-    def examples(self, data: DataSection, bad_rows: list[DataError]) -> list[Example]:
-        """Convert all rows. Add the errors of those that are dropped to `bad_rows`."""
+    def examples(self, data: DataSection, on_bad_row: OnBadRow) -> list[Example]:
+        """Convert all rows."""
         return [
             example
             for name, rows in self.files.items()
             for example in to_examples(
-                rename_columns(rows, data.columns, name),
-                self.format,
-                source=name,
-                on_bad_row=bad_rows.append if data.bad_rows == "drop" else None,
+                rename_columns(rows, data.columns, name), self.format, source=name, on_bad_row=on_bad_row
             )
         ]
 
     def first_row(self) -> Row:
         """Return the first row, with the columns of the file."""
-        return next(iter(self.files.values()))[0]
+        return next(iter(next(iter(self.files.values())).values()))
 
 
 def _without_overlap(given: dict[str, list[Example]], data: DataSection) -> tuple[list[Example], int]:

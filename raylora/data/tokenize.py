@@ -3,7 +3,7 @@
 Tokens and labels of texts equal those of TRL's SFTTrainer; `tests/data/test_tokenize.py` compares them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from raylora.base.serving import adds_bos
 from raylora.data.answers import AnswerParser
-from raylora.data.chat import encode_chat
+from raylora.data.chat import ChatSequence, encode_chat
 from raylora.data.chat_template import ChatTemplate, common_prefix
-from raylora.data.examples import Example, TextExample
+from raylora.data.examples import Conversation, Example, TextExample
+from raylora.data.files import OnBadRow, bad_row_to
 from raylora.data.rows import IGNORE
 from raylora.errors import DataError
 
@@ -82,7 +83,12 @@ class Encoder:
     """Makes the rows of a token cache from examples."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool, template_kwargs: Mapping[str, Any]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        completion_only: bool,
+        template_kwargs: Mapping[str, Any],
+        one_answer_per_row: bool = False,
     ) -> None:
         """Set up for one tokenizer.
 
@@ -90,7 +96,9 @@ class Encoder:
             tokenizer: has a chat template if there are conversations.
             completion_only: take the loss on completions (assistant turns) only.
             template_kwargs: variables of the chat template.
+            one_answer_per_row: give each answer of a conversation a row of its own, to ask for it.
         """
+        self._one_answer_per_row = one_answer_per_row
         self.tokenizer, self._completion_only, self._template_kwargs = tokenizer, completion_only, template_kwargs
         self.template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
         self._answers: AnswerParser | None = None
@@ -109,7 +117,7 @@ class Encoder:
             Rows, at least one, of `input_ids` (n,); `labels` (n,), IGNORE for a token without loss; `prompt_ids` (m,),
             from which generation starts, empty if the row has no prompt to answer; `references`, acceptable answers;
             and `calls`, the expected tool calls as of `ParsedAnswer` (the answer as text if they cannot be read), empty
-            if there are none. Only the last row of a conversation has a prompt.
+            if there are none. The last row of a conversation has a prompt; all have one if each has one answer.
 
         Raises:
             DataError: the chat template cannot render the conversation as it is.
@@ -120,20 +128,30 @@ class Encoder:
             spans = [(0 if is_all else common_prefix(prompt_ids, ids), len(ids))]
             return [_row(ids, spans, prompt_ids, list(example.references), "")]
         assert self.template is not None  # `set_chat_template` checks it
-        sequences = encode_chat(example, self.template, self._template_kwargs)
+        sequences = encode_chat(example, self.template, self._template_kwargs, one_answer_each=self._one_answer_per_row)
         last = sequences[-1]
         self._keys |= {key for message in example.messages for key in message}
         self.n_prompts_cut += bool(last.prompt_cut.strip())
         self.closing_tokens |= {token for sequence in sequences for token in sequence.closing_tokens}
         self._answers = self._answers or AnswerParser(self.template)
-        answer = self._answers.parse(last.answer)
-        calls = (answer.calls or answer.text) if "tool_calls" in example.messages[-1] else ""
-        references = list(example.references) or [answer.text]
-        prompt_ids = last.token_ids[: last.spans[-1][0]]
         if not self._completion_only:
-            return [_row(last.token_ids, [(0, len(last.token_ids))], prompt_ids, references, calls)]
+            last.spans = [(0, len(last.token_ids))]
+            return [self._asked_row(example, last)]
+        if self._one_answer_per_row:
+            return [self._asked_row(example, one) for one in sequences]
         earlier = [_row(one.token_ids, one.spans, [], [], "") for one in sequences[:-1]]
-        return [*earlier, _row(last.token_ids, last.spans, prompt_ids, references, calls)]
+        return [*earlier, self._asked_row(example, last)]
+
+    def _asked_row(self, example: Conversation, sequence: ChatSequence) -> dict[str, Any]:
+        """Return the row of a sequence, with what its last answer is asked by and compared with."""
+        assert self._answers is not None
+        answer = self._answers.parse(sequence.answer)
+        message = example.messages[sequence.message]
+        calls = (answer.calls or answer.text) if "tool_calls" in message else ""
+        is_last = sequence.message == len(example.messages) - 1
+        references = list(example.references) if is_last and example.references else [answer.text]
+        prompt_ids = sequence.token_ids[: sequence.start]
+        return _row(sequence.token_ids, sequence.spans, prompt_ids, references, calls)
 
     def unread_keys(self) -> list[str]:
         """Return the keys of messages so far that the chat template does not name."""
@@ -168,7 +186,7 @@ def encode_part(
     *,
     max_length: int,
     long_rows: str,
-    on_bad_row: Callable[[DataError], None] | None = None,
+    on_bad_row: OnBadRow = None,
 ) -> tuple[datasets.Dataset, PartSummary]:
     """Tokenise one part.
 
@@ -190,14 +208,10 @@ def encode_part(
     used: list[Example] = []
     n_cut = n_dropped = 0
     for example in examples:
-        try:
+        encoded = []
+        with bad_row_to(on_bad_row):
             encoded = encoder.rows(example)
-        except DataError as error:
-            if on_bad_row is None:
-                raise
-            on_bad_row(error)
-            continue
-        used.append(example)
+            used.append(example)
         for row in encoded:
             lengths.append(len(row["input_ids"]))
             too_long = lengths[-1] > max_length

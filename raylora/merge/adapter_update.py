@@ -15,7 +15,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raylora.base.architecture import without_weights
@@ -32,8 +32,11 @@ ADAPTER = "default"
 WRAPPERS = (".original_module.", ".token_adapter.")
 """Parts of names in peft's wrappers that name no parameter of the base."""
 
-FROZEN_COPY = ".base_layer.weight"
-"""Suffix of the base's embeddings, which peft saves unchanged beside a LoRA of them. Only their shape is checked."""
+BASE_PREFIX = "base_model.model."
+"""Prefix of the base's names in the files of an adapter."""
+
+ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt"]
+"""Patterns of an adapter's files on the Hub: the adapter, its tokenizer and its generation settings."""
 
 MAX_NAMED = 3
 """Largest number of wrong tensors that an error names, to keep it on one line."""
@@ -51,7 +54,7 @@ def find_adapter(name: str) -> Path:
     directory = Path(name).expanduser()
     if not directory.exists() and is_hub_id(name):
         try:
-            directory = Path(snapshot_download(name, allow_patterns="adapter_*"))
+            directory = Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{name} is neither a directory nor an adapter on the Hub: {first_line(error)}"
@@ -76,23 +79,24 @@ class AdapterUpdate:
             MergeError: this is no LoRA adapter, or none of this base, or a value is not finite.
         """
         settings = _lora_config(adapter)
-        tensors = _read(adapter)
-        _check_vocabulary(adapter, tensors, config)
+        tensors = read_tensors(adapter)
         base = without_weights(config, trust_remote_code=trust_remote_code)
         self.names = TensorNames(base)
         """Names of the base's tensors, stored and in the model."""
 
         with torch.device("meta"):
             self._conv1d = {name for name, module in base.named_modules() if isinstance(module, Conv1D)}
-            both = (base.get_input_embeddings(), base.get_output_embeddings())
-            self._embeddings = [next(name for name, module in base.named_modules() if module is one) for one in both]
+            self._embeddings = embedding_modules(base)
             try:
                 self._model = get_peft_model(base, settings, low_cpu_mem_usage=True)
             except ValueError as error:
                 raise MergeError(f"{adapter} does not fit the base: {error}") from error
         expected = get_peft_model_state_dict(self._model, save_embedding_layers=False)
-        for name in [name for name in tensors if name.endswith(FROZEN_COPY)]:
-            expected[name] = self._model.get_parameter(name)
+        with_embeddings = get_peft_model_state_dict(self._model, save_embedding_layers=True)
+        for name in tensors.keys() & with_embeddings.keys() - expected.keys():
+            expected[name] = with_embeddings[name]
+            if name.removeprefix(BASE_PREFIX) in self.embeddings():  # saved as a whole, so maybe trained
+                self._model.get_parameter(name).requires_grad = True
         _check(adapter, tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()})
         _allocate_trained(self._model)
         set_peft_model_state_dict(self._model, tensors)
@@ -176,16 +180,10 @@ class AdapterUpdate:
         return found
 
 
-def _check_vocabulary(adapter: Path, tensors: dict[str, torch.Tensor], config: PretrainedConfig) -> None:
-    """Check that an adapter with embeddings of its own has as many as the base."""
-    size = config.get_text_config().vocab_size
-    for name, tensor in tensors.items():
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and tensor.shape[0] != size:
-            raise MergeError(
-                f"{adapter} was trained on a base of {tensor.shape[0]} embeddings, and this one has {size}; resize it "
-                "first (`model.resize_token_embeddings` of transformers), save it with the adapter's tokenizer, and "
-                "name that directory as the base"
-            )
+def embedding_modules(base: PreTrainedModel) -> tuple[str, str]:
+    """Return the names of a base's input embeddings and output head."""
+    names = {id(module): name for name, module in base.named_modules()}
+    return names[id(base.get_input_embeddings())], names[id(base.get_output_embeddings())]
 
 
 def _frozen(values: torch.Tensor) -> torch.nn.Parameter:
@@ -219,7 +217,7 @@ def _allocate_trained(model: PeftModel) -> None:
                 setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
 
 
-def _read(adapter: Path) -> dict[str, torch.Tensor]:
+def read_tensors(adapter: Path) -> dict[str, torch.Tensor]:
     """Read an adapter's tensors, and check that all values are finite."""
     try:
         safe = adapter / SAFETENSORS_WEIGHTS_NAME

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raylora.base.locate import find_checkpoint, is_gguf, load_tokenizer
+from raylora.base.locate import find_checkpoint, is_gguf
 from raylora.base.serving import ServingFiles
 from raylora.config.load import build_merge_config, change_config
 from raylora.data.of_run import data_of_run
@@ -17,7 +17,8 @@ from raylora.data.prepare import prepare_data
 from raylora.errors import DeviceError, RunDirectoryError
 from raylora.merge.adapter_update import find_adapter
 from raylora.merge.job import MergeJob
-from raylora.merge.same_base import write_base_file
+from raylora.merge.resize import resized_base
+from raylora.merge.same_base import check_same_base, write_base_file
 from raylora.merge.select import merge_adapter
 from raylora.run.atomic import PREFIX, replacing, write_json
 from raylora.run.directory import RunDirectory
@@ -50,7 +51,7 @@ def _save_adapter(run: RunDirectory, trial: TrialRow, directory: Path) -> None:
     base, data = config.base_model, data_of_run(run, config)
     base_checkpoint = find_checkpoint(base, run.cache(config))
     tokenizer = data.tokenizer(trust_remote_code=base.trust_remote_code)
-    serving = ServingFiles.of_training(tokenizer, base_checkpoint, data.stop_token_ids)
+    serving = ServingFiles.of_training(tokenizer, base, base_checkpoint, data.stop_token_ids)
     with replacing(directory) as temporary:
         temporary.mkdir()
         shutil.copy(checkpoint / "adapter_model.safetensors", temporary)
@@ -85,6 +86,7 @@ def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dic
     if not run.best_adapter.is_dir():
         raise RunDirectoryError(f"{run.path} holds no best_adapter")
     config, provenance, state = change_config(run.config(), overrides or {}), run.provenance(), SearchState.load(run)
+    check_same_base(run.best_adapter, config.base_model, find_checkpoint(config.base_model, run.cache(config)))
     job = MergeJob(
         base=config.base_model,
         adapter=run.best_adapter,
@@ -152,13 +154,15 @@ def _make_job(base: str, adapter: Path, output: Path, overrides: dict[str, str])
     """Return the job of a merge without a search. Tokenise its rows if there are any."""
     config = build_merge_config(base, overrides)
     cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else output.parent / ".cache"
+    check_same_base(adapter, config.base_model, find_checkpoint(config.base_model, cache_dir))
+    base_model = resized_base(config.base_model, adapter, cache_dir)
     tokens_dir = None
     if config.data is not None:
-        tokenizer = load_tokenizer(config.base_model, find_checkpoint(config.base_model, cache_dir))
-        tokens_dir = prepare_data(config.data, tokenizer, cache_dir).tokens_dir
+        serving = ServingFiles.of_adapter(adapter, base_model, find_checkpoint(base_model, cache_dir))
+        tokens_dir = prepare_data(config.data, serving.tokenizer, cache_dir).tokens_dir
     forms = config.merge.formats
     return MergeJob(
-        base=config.base_model,
+        base=base_model,
         adapter=adapter,
         outputs={form: output if len(forms) == 1 else output / form for form in forms},
         folder=output.parent,

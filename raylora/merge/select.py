@@ -23,7 +23,6 @@ from raylora.merge.calibrate import calibrate
 from raylora.merge.evaluator import MergeEvaluator
 from raylora.merge.job import MergeJob
 from raylora.merge.layer_reader import LayerReader
-from raylora.merge.same_base import check_same_base
 from raylora.merge.strategies import LAYER_BY_LAYER, RoundedWeights, SaveWeight, round_layers, update_kept
 from raylora.merge.write import load_into, load_merged, write_bf16, write_nf4, write_residual
 from raylora.run.atomic import PREFIX
@@ -68,7 +67,6 @@ def merge_adapter(job: MergeJob, evaluator: MergeEvaluator | None = None) -> dic
         MergeError: adapter and base do not fit, the disk is too small, or a format cannot be made from this base.
     """
     checkpoint = find_checkpoint(job.base, job.cache_dir)
-    check_same_base(job.adapter, job.base, checkpoint)
     serving = ServingFiles.of_adapter(job.adapter, job.base, checkpoint)
     reader = open_reader(job)
     job.folder.mkdir(parents=True, exist_ok=True)

@@ -66,9 +66,9 @@ def with_template(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTo
     return tokenizer
 
 
-def encoded(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    (example,) = to_examples([row], detect_format([row], "x"), source="x")
-    return Encoder(tokenizer, completion_only=True, template_kwargs={}).rows(example)
+def encoded(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[dict[str, Any]]:
+    (example,) = to_examples({1: row}, detect_format({1: row}, "x"), source="x")
+    return Encoder(tokenizer, completion_only=True, template_kwargs={}, **options).rows(example)
 
 
 def trained(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -162,6 +162,33 @@ def test_tool_calls_are_trained_on_and_read_back(template: str, plain: PreTraine
         (row,) = encoded(conversation(QUESTION, calling, tools=TOOLS), tokenizer)
         assert json.loads(row["calls"]) == [CALL]
         assert row["references"] == [json.dumps(CALL, sort_keys=True)]
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3_1"])
+def test_each_answer_of_a_held_out_conversation_is_asked_for(template: str, plain: PreTrainedTokenizerBase) -> None:
+    tokenizer = with_template(plain, template)
+    turns = [QUESTION, ANSWER, {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+    (shared,) = encoded(conversation(*turns), tokenizer)
+    first, second = encoded(conversation(*turns), tokenizer, one_answer_per_row=True)
+    assert first["references"] == [ANSWER["content"]]
+    assert second["references"] == shared["references"] == ["so"]
+    for row in (first, second):
+        end = len(row["input_ids"])
+        assert row["prompt_ids"] == row["input_ids"][: row["labels"].count(IGNORE)]
+        assert row["input_ids"] == shared["input_ids"][:end]
+    # the same tokens bear loss, each once
+    assert sum(label != IGNORE for row in (first, second) for label in row["labels"]) == sum(
+        label != IGNORE for label in shared["labels"]
+    )
+
+
+def test_a_held_out_tool_call_is_compared_before_its_result(plain: PreTrainedTokenizerBase) -> None:
+    result = {"role": "tool", "name": "count", "content": '{"n": 3}'}
+    row = conversation(QUESTION, CALLING, result, ANSWER, tools=TOOLS, references=["3"])
+    calling, answering = encoded(row, with_template(plain, "qwen3"), one_answer_per_row=True)
+    assert json.loads(calling["calls"]) == [CALL]
+    assert answering["calls"] == ""
+    assert answering["references"] == ["3"]  # the row's own, which are of the last answer
 
 
 def test_sharegpt_tool_turns_are_calls_and_results(plain: PreTrainedTokenizerBase) -> None:

@@ -28,11 +28,16 @@ def lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def rows_of(source: str, **options: str) -> list[dict]:
+    (rows,) = read_rows(source, **options).values()
+    return list(rows.values())
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_text_is_read_by_its_byte_order_mark(encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines(ROWS).encode(encoding))
-    assert read_file(str(path)) == ROWS
+    assert list(read_file(str(path)).values()) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -60,7 +65,7 @@ def test_compressed_files_are_read(suffix: str, tmp_path: Path) -> None:
             file.write(content)
     else:
         path.write_bytes(packed[suffix](content))
-    assert read_file(str(path)) == ROWS
+    assert list(read_file(str(path)).values()) == ROWS
 
 
 def test_csv_values_are_text_with_their_line_breaks(tmp_path: Path) -> None:
@@ -71,13 +76,13 @@ def test_csv_values_are_text_with_their_line_breaks(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, ["prompt", "completion"])
         writer.writeheader()
         writer.writerows(rows)
-    assert read_file(str(path)) == rows
+    assert list(read_file(str(path)).values()) == rows
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ";"), ("a.csv", ","), ("a.tsv", "\t")])
 def test_delimiters_are_told_from_the_header(name: str, delimiter: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(f'prompt{delimiter}completion\n"q"{delimiter}1\n')
-    assert read_file(str(tmp_path / name)) == [{"prompt": "q", "completion": "1"}]
+    assert read_file(str(tmp_path / name)) == {1: {"prompt": "q", "completion": "1"}}
 
 
 def test_a_broken_csv_names_the_line(tmp_path: Path) -> None:
@@ -86,9 +91,36 @@ def test_a_broken_csv_names_the_line(tmp_path: Path) -> None:
         read_file(str(tmp_path / "a.csv"))
 
 
+def test_rows_of_jsonl_are_named_by_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f"\n{lines(ROWS[:1])}\n{lines(ROWS[1:2])}", encoding="utf-8")
+    rows = read_file(str(tmp_path / "a.jsonl"))
+    assert rows == {2: ROWS[0], 4: ROWS[1]}
+    with pytest.raises(DataError, match="x: row 4 has no text"):
+        to_examples({2: {"text": "a"}, 4: {"text": None}}, "text", source="x")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text"}\n[1]\n{"text": "b"}\n', "a.jsonl:2: broken JSON"),
+        ("a.csv", "text\na\nb,c\nd,e\nf\n", "a.csv:3: 1 columns expected, found 2"),
+        (
+            "a.json",
+            '[{"text": "a"}, {"text": "\\ud83d"}, {"text": "\\ud83d"}, {"text": "b"}]',
+            "a.json: row 2: holds half",
+        ),
+    ],
+)
+def test_broken_rows_can_be_dropped(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    errors: list[DataError] = []
+    assert list(read_file(str(tmp_path / name), errors.append)) == [1, 4]
+    assert len(errors) == 2 and message in str(errors[0])
+
+
 def test_json_files_of_lines_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(lines(ROWS), encoding="utf-8")
-    assert read_file(str(tmp_path / "a.json")) == ROWS
+    assert list(read_file(str(tmp_path / "a.json")).values()) == ROWS
 
 
 def test_patterns_folders_and_urls_name_files(tmp_path: Path) -> None:
@@ -100,14 +132,14 @@ def test_patterns_folders_and_urls_name_files(tmp_path: Path) -> None:
         assert [len(rows) for rows in found.values()] == [10, 10]
     with fsspec.open("memory://bucket/rows.jsonl", "w") as file:
         file.write(lines(ROWS))
-    assert list(read_rows("memory://bucket/rows.jsonl").values()) == [ROWS]
+    assert rows_of("memory://bucket/rows.jsonl") == ROWS
 
 
 def test_a_folder_with_splits_gives_the_one_that_is_asked_for(tmp_path: Path) -> None:
     for split, rows in (("train", ROWS[:15]), ("test", ROWS[15:])):
         pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"{split}-00000-of-00001.parquet")
-    assert list(read_rows(str(tmp_path)).values()) == [ROWS[:15]]
-    assert list(read_rows(str(tmp_path), split="test").values()) == [ROWS[15:]]
+    assert rows_of(str(tmp_path)) == ROWS[:15]
+    assert rows_of(str(tmp_path), split="test") == ROWS[15:]
     with pytest.raises(DataError, match="has no files of split validation, only of test, train"):
         read_rows(str(tmp_path), split="validation")
 
@@ -155,7 +187,7 @@ def test_nulls_of_unified_columns_are_no_values(tmp_path: Path) -> None:
     pa.parquet.write_table(pa.Table.from_pylist(rows), path)
     stored = read_file(str(path))
     # Arrow gives each struct the keys of all rows
-    assert stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"key0": "x", "key1": None}
+    assert stored[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"key0": "x", "key1": None}
     first, second = to_examples(stored, "messages", source="x")
     assert isinstance(first, Conversation) and isinstance(second, Conversation)
     assert first.messages[0] == asked

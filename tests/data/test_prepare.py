@@ -33,7 +33,7 @@ def test_all_four_file_types_give_the_same_rows(tmp_path: Path) -> None:
     pa.csv.write_csv(pa.Table.from_pylist(ROWS), tmp_path / "a.csv")
     pa.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
-        assert read_rows(str(tmp_path / name)) == {str(tmp_path / name): ROWS}
+        assert read_rows(str(tmp_path / name)) == {str(tmp_path / name): dict(enumerate(ROWS, 1))}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_unreadable_files_say_where(tmp_path: Path, name: str, content: str | No
 
 
 def converted(row: dict, format: str = "auto") -> Example:
-    (example,) = to_examples([row], detect_format([row], "x") if format == "auto" else format, source="x")
+    (example,) = to_examples({1: row}, detect_format({1: row}, "x") if format == "auto" else format, source="x")
     return example
 
 
@@ -106,8 +106,9 @@ def test_each_dataset_format_is_told_from_its_columns() -> None:
     ],
 )
 def test_rows_that_fit_no_dataset_format_say_which(rows: list[dict], message: str) -> None:
+    numbered = dict(enumerate(rows, 1))
     with pytest.raises(DataError, match=message):
-        to_examples(rows, detect_format(rows, "x"), source="x")
+        to_examples(numbered, detect_format(numbered, "x"), source="x")
 
 
 def test_parts_share_no_prompt_and_depend_on_the_seed_alone(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
 
 
 def encode(row: dict, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool = True) -> dict:
-    (example,) = to_examples([row], detect_format([row], "x"), source="x")
+    (example,) = to_examples({1: row}, detect_format({1: row}, "x"), source="x")
     (encoded,) = Encoder(tokenizer, completion_only=completion_only, template_kwargs={}).rows(example)
     return encoded
 
