@@ -66,12 +66,16 @@ def check_gpu() -> Finding:
     """Check that torch can use the GPU, if there is one. A search needs none."""
     import torch  # noqa: PLC0415
 
+    from raylora.training.packed.forward import has_grouped_products  # noqa: PLC0415
+
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         names = ", ".join(f"{device.name} ({device.total_memory / GIB:.0f} GiB)" for device in devices)
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        cure = "" if bf16 else "no bfloat16 on this GPU: set base_model.compute_dtype to float16"
-        return Finding(True, f"GPU: {names}", cure)
+        dtype = (
+            "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16 (it has no bfloat16)"
+        )
+        products = "grouped" if has_grouped_products(torch.device("cuda")) else "trial by trial"
+        return Finding(True, f"GPU: {names}; trains in {dtype}, adapters multiply {products}")
     if shutil.which("nvidia-smi"):
         return Finding(
             False, "nvidia-smi is here, but torch sees no GPU", f"torch {torch.__version__} may be a CPU build"

@@ -27,11 +27,15 @@ def compute_dtype(section: BaseModelSection, device: str) -> torch.dtype:
     """Return the dtype of activations and dequantized weights.
 
     Returns:
-        The dtype that the config sets; for `auto`, bfloat16 on a GPU and float32 on a CPU.
+        The dtype that the config sets; for `auto`, bfloat16 on a GPU, float16 on a GPU that only emulates bfloat16 (T4,
+        V100), and float32 on a CPU. A head without a GPU takes its cluster's for one with bfloat16.
     """
     if section.compute_dtype != "auto":
         return getattr(torch, section.compute_dtype)
-    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if device == "cpu":
+        return torch.float32
+    emulates = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if emulates else torch.bfloat16
 
 
 def load_base_model(section: BaseModelSection, cache_dir: Path, device: str) -> PreTrainedModel:

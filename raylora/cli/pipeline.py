@@ -26,6 +26,7 @@ from raylora.search.ray.cluster import call_on_device, cluster_devices, connecte
 from raylora.search.ray.lane import lane_settings
 from raylora.search.ray.run import run_search, start_broker
 from raylora.search.views import Views
+from raylora.training.memory import Fit
 
 
 def run_pipeline(
@@ -96,13 +97,14 @@ def _show_plan(screen: Console, plan: Plan) -> None:
     screen.print(dump_config(plan.config), style="dim")
     _show_data(screen, plan.data)
     memory = plan.memory
+    full = Fit(plan.slots, plan.tokens_per_pass, plan.config.training.gradient_checkpointing is True)
     screen.print(
         f"trials: {plan.config.n_trials()} of at most {plan.rungs[-1]} steps, validated at steps "
         f"{', '.join(map(str, plan.rungs))}\n"
         f"lanes: {plan.n_lanes} on {'a GPU' if plan.on_gpu else 'the CPU'} each, {plan.threads} threads, up to "
         f"{plan.slots} trials at once\n"
         f"memory, estimated: base {memory.base_mib:.0f} MiB, a trial at most {memory.trial_mib:.0f}; "
-        f"{memory.total_mib(plan.slots, plan.tokens_per_pass):.0f} with {plan.slots} of them and "
+        f"{memory.total_mib(full):.0f} with {plan.slots} of them and "
         f"{plan.tokens_per_pass} tokens a pass"
     )
     for line in plan.notes:

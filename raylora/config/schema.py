@@ -131,8 +131,9 @@ class TrainingSection(Section):
     group_by_length: bool = False
     """True to batch rows of similar length together."""
 
-    gradient_checkpointing: bool = False
-    """True to recompute activations in the backward pass: a third more compute, far less activation memory."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """True to recompute activations in the backward pass: a third more compute, far less activation memory. `auto` does
+    so only where the memory is too small otherwise."""
 
     per_device_eval_batch_size: PositiveInt = 8
     """Rows per validation batch. It changes speed and memory, not the loss."""

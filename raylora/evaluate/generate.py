@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from raylora.training.memory import with_less_memory
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -63,23 +65,31 @@ def generate(
     began = time.perf_counter()
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        width = max(len(prompts[index]) for index in batch)
-        input_ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, index in enumerate(batch):
-            prompt = torch.tensor(prompts[index])
-            input_ids[row, width - len(prompt) :] = prompt
-            attention_mask[row, width - len(prompt) :] = 1
+        batch_prompts = [prompts[index] for index in batch]
         with torch.inference_mode(), _generation_config(model, greedy):
-            output = model.generate(
-                input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
-            )
-        for index, ids in zip(batch, output[:, width:].tolist(), strict=True):
+            answers = with_less_memory(partial(_continue, model, batch_prompts), len(batch))
+        for index, ids in zip(batch, answers, strict=True):
             token_ids[index] = _until(ids, ends)
     seconds = time.perf_counter() - began
     # the end token takes a step too, hence the 1
     n_tokens = sum(min(len(ids) + 1, max_new_tokens) for ids in token_ids)
     return Answers(token_ids, list(map(read, token_ids)), n_tokens / seconds)
+
+
+def _continue(model: PreTrainedModel, prompts: Sequence[Sequence[int]], n_prompts: int) -> list[list[int]]:
+    """Return the tokens that a model generates after each prompt, `n_prompts` at once."""
+    answers = []
+    for start in range(0, len(prompts), n_prompts):
+        part = prompts[start : start + n_prompts]
+        width = max(map(len, part))
+        input_ids = torch.full((len(part), width), model.generation_config.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(part):
+            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[row, width - len(prompt) :] = 1
+        output = model.generate(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
+        answers += output[:, width:].tolist()
+    return answers
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -26,7 +25,7 @@ from raylora.merge.layer_reader import LayerReader
 from raylora.merge.strategies import LAYER_BY_LAYER, RoundedWeights, SaveWeight, round_layers, update_kept
 from raylora.merge.write import load_into, load_merged, write_bf16, write_nf4, write_residual
 from raylora.run.atomic import PREFIX
-from raylora.training.memory import MIB, peak_memory_mib, reset_peak_memory
+from raylora.training.memory import MIB, OUT_OF_MEMORY, peak_memory_mib, reset_peak_memory, with_less_memory
 
 
 @dataclass(frozen=True)
@@ -135,13 +134,12 @@ def _round_by_each_strategy(
         evaluator.set_reference(adapter.eval())
         calibrated = None
         if "calibrated" in names:
-            rows = evaluator.calibration_rows(job.settings.calibration_tokens)
-            rounding = partial(calibrate, adapter, rows, reader, pad_token_id=evaluator.pad_token_id)
             try:
-                calibrated = _round_model("calibrated", rounding, folder)
-            except torch.OutOfMemoryError:
-                evaluator.skipped["calibrated"] = "out of GPU memory; fewer merge.calibration_tokens take less"
-            del rounding
+                calibrated = with_less_memory(
+                    partial(_calibrate, adapter, reader, evaluator, folder), job.settings.calibration_tokens
+                )
+            except OUT_OF_MEMORY:
+                evaluator.skipped["calibrated"] = "out of memory, even for a single row"
         del adapter
         if calibrated:
             yield calibrated
@@ -150,6 +148,16 @@ def _round_by_each_strategy(
         several_draws = job.tokens_dir is not None and job.settings.strategy == name
         for strategy in strategies if several_draws else strategies[:1]:
             yield _round_model(name, partial(round_layers, strategy, reader), folder)
+
+
+def _calibrate(
+    adapter: PeftModel, reader: LayerReader, evaluator: MergeEvaluator, folder: Path, n_tokens: int
+) -> RoundedModel:
+    """Round by the strategy `calibrated`, with at most `n_tokens` training tokens."""
+    rows = evaluator.calibration_rows(n_tokens)
+    return _round_model(
+        "calibrated", partial(calibrate, adapter, rows, reader, pad_token_id=evaluator.pad_token_id), folder
+    )
 
 
 def _strategies(job: MergeJob, reader: LayerReader) -> list[str]:

@@ -13,6 +13,7 @@ from raylora.data.read import check_sources, hub_commit
 from raylora.errors import DeviceError
 from raylora.run.directory import RunDirectory
 from raylora.training.memory import MemoryEstimate, adapter_parameters, estimate_memory, tokens_per_pass
+from raylora.training.packed.engine import RANK_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
     data = prepare_data(config.data, tokenizer, cache_dir)
     device = "cuda:0" if on_gpu else "cpu"
     r = max(_possible(config, "r"))
+    r = RANK_MULTIPLE * math.ceil(r / RANK_MULTIPLE) if on_gpu else r
     memory = estimate_memory(
         model_config,
         architecture,
@@ -90,7 +92,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         dtype_bytes=compute_dtype(config.base_model, device).itemsize,
         nf4=config.base_model.quantization == "nf4" or is_quantized(model_config),
         double_quant=config.base_model.double_quant,
-        gradient_checkpointing=config.training.gradient_checkpointing,
+        grouped=on_gpu,
     )
     _check_memory(memory, architecture, devices)
     return Plan(

@@ -16,7 +16,8 @@ from raylora.run.atomic import write_text
 from raylora.run.directory import RunDirectory
 from raylora.run.metrics import RungMetrics
 from raylora.search.messages import Failure, Leave, News, Order, Ready, Report, Return, Start
-from raylora.training.packed.engine import OUT_OF_MEMORY, PackedEngine
+from raylora.training.memory import OUT_OF_MEMORY
+from raylora.training.packed.engine import PackedEngine
 
 
 class Engine(Protocol):
@@ -89,6 +90,14 @@ class _Pack:
             if len(engine.trials) == 1:
                 return [self._drop(next(iter(engine.trials)), error)]
             return [self._shrink(describe_failure(error))]
+        except torch.AcceleratorError:
+            raise  # nothing more can be asked of this process
+        except Exception as error:
+            alone = len(engine.trials) == 1
+            faults = dict.fromkeys(engine.trials, error) if alone else engine.faults()
+            if not faults:  # the trials fail only together, as where memory is short
+                return [self._shrink(describe_failure(error))]
+            return [self._drop(number, fault) for number, fault in faults.items()]
         return [self._tell(number, metrics) for number, metrics in found.items()]
 
     def _tell(self, number: int, found: RungMetrics | Exception) -> News:

@@ -1,26 +1,26 @@
 """Chooses the engine of a lane: the packed engine if it can train this model, else TRL, one trial at a time."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from raylora.base.architecture import Architecture
 from raylora.base.load import compute_dtype, load_base_model
 from raylora.config.schema import SearchConfig
-from raylora.data.rows import IGNORE, TokenRows, load_part
+from raylora.data.rows import TokenRows, load_part
 from raylora.errors import PackingError
-from raylora.training.memory import MemoryEstimate, free_memory_mib, tokens_per_pass
-from raylora.training.packed.adapter import Adapter
-from raylora.training.packed.engine import PackedEngine
-from raylora.training.packed.layout import MicroBatch
+from raylora.training.memory import Fit, MemoryEstimate, free_memory_mib, tokens_per_pass
+from raylora.training.packed.engine import RANK_MULTIPLE, PackedEngine
+from raylora.training.packed.forward import has_grouped_products
+from raylora.training.packed.verify import check_pack, measure_reference
 from raylora.training.trl import TrlEngine
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 """Names in transformers of AdamW with 32-bit states, the optimizer of the packed engine."""
+
+ATTENTION = (None, "sdpa")
+"""Settings of `attn_implementation` that the packed engine follows: it calls `sdpa` row by row."""
 
 
 def load_engine(
@@ -43,15 +43,20 @@ def load_engine(
         PackingError: the config demands the packed engine, which cannot train this model.
         BaseModelError: the base cannot be found or loaded.
     """
-    options: dict[str, Any] = {"tokens_dir": tokens_dir, "cache_dir": cache_dir, "device": device}
-    if config.search.engine == "trl":
-        return TrlEngine.load(config, **options)
-    try:
-        return load_packed(config, **options, slots=slots, memory=memory)
-    except PackingError as error:
-        if config.search.engine == "packed":
-            raise
-        return replace(TrlEngine.load(config, **options), reason=str(error))
+    data = [TokenRows(load_part(tokens_dir, part)) for part in ("train", "validation")]
+    model = load_base_model(config.base_model, cache_dir, device)
+    reason = None
+    if config.search.engine != "trl":
+        try:
+            return _pack(config, model, *data, slots=slots, memory=memory)
+        except PackingError as error:
+            if config.search.engine == "packed":
+                raise
+            reason = str(error)
+    fit = _fit(config, model.device, memory, slots=1, tokens=memory.micro_batch_tokens)
+    training = config.training.model_copy(update={"gradient_checkpointing": fit.checkpointing})
+    config = config.model_copy(update={"training": training})
+    return TrlEngine.on(model, config, tokens_dir=tokens_dir, cache_dir=cache_dir, reason=reason)
 
 
 def load_packed(
@@ -63,7 +68,7 @@ def load_packed(
     slots: int,
     memory: MemoryEstimate | None = None,
 ) -> PackedEngine:
-    """Load the packed engine, and check that its loss on two rows equals that of the model itself.
+    """Load the packed engine, as `load_engine` does; it can be asked for more slots than there is memory for.
 
     Args:
         config: resolved config.
@@ -74,76 +79,73 @@ def load_packed(
         memory: estimate for the pack; None takes `slots` as given.
 
     Raises:
-        PackingError: the optimizer or the model is not supported, or the losses differ.
+        PackingError: the settings or the model cannot be packed.
         BaseModelError: the base cannot be found or loaded.
     """
-    if config.training.optim not in OPTIMIZERS:
-        raise PackingError(f"training.optim is {config.training.optim}, which only TRL's trainer has")
-    base = config.base_model
-    model = load_base_model(base, cache_dir, device)
-    rows = _two_rows(model)
-    expected = _plain_nll(model, rows)
-    dtype = compute_dtype(base, device)
-    on_gpu = device != "cpu"
+    data = [TokenRows(load_part(tokens_dir, part)) for part in ("train", "validation")]
+    return _pack(config, load_base_model(config.base_model, cache_dir, device), *data, slots=slots, memory=memory)
+
+
+def _pack(
+    config: SearchConfig,
+    model: PreTrainedModel,
+    train: TokenRows,
+    validation: TokenRows,
+    *,
+    slots: int,
+    memory: MemoryEstimate | None,
+) -> PackedEngine:
+    """Return the packed engine on a loaded base, checked against the model itself and against peft.
+
+    Raises:
+        PackingError: the settings or the model cannot be packed. The model is left as it was.
+    """
+    _check_settings(config)
+    device, on_gpu = model.device, model.device.type != "cpu"
+    dtype = compute_dtype(config.base_model, str(device))
+    autocast = dtype if dtype != torch.float32 else None
+    grouped = dtype == torch.bfloat16 and has_grouped_products(device)
     tokens = tokens_per_pass(config.search, on_gpu=on_gpu)
-    if memory is not None:
-        free = free_memory_mib(device) / (1 if on_gpu else config.search.lanes or 1)
-        slots, tokens = memory.fit(free, slots=slots, tokens=tokens)
+    fit = _fit(config, device, memory, slots=slots, tokens=tokens)
+    architecture = Architecture.of_config(model.config, trust_remote_code=config.base_model.trust_remote_code)
+    reference = measure_reference(
+        model, architecture, train, autocast=autocast, rank_multiple=RANK_MULTIPLE if grouped else 1
+    )
     engine = PackedEngine(
         model,
-        Architecture.of_config(model.config, trust_remote_code=base.trust_remote_code),
-        TokenRows(load_part(tokens_dir, "train")),
-        TokenRows(load_part(tokens_dir, "validation")),
-        config.training,
-        tokens_per_pass=tokens,
-        slots=slots,
-        autocast=dtype if dtype != torch.float32 else None,
-        grouped=on_gpu,
+        architecture,
+        train,
+        validation,
+        config.training.model_copy(update={"gradient_checkpointing": fit.checkpointing}),
+        tokens_per_pass=fit.tokens,
+        slots=fit.slots,
+        autocast=autocast,
+        grouped=grouped,
     )
     try:
-        found = engine.pack.nll([MicroBatch(_no_adapter(device), rows, rows)]).item()
-    except Exception as error:  # whatever a model's code raises for rows laid end to end
-        engine.pack.close()
-        raise PackingError(f"the model cannot be packed: {type(error).__name__}: {error}") from error
-    if not _rows_stay_apart(engine, rows, device):
-        engine.pack.close()
-        raise PackingError("packed, a row's loss depends on its neighbour, by layers beside attention that mix tokens")
-    # bfloat16 has 8 significant bits, and the pack sums in another order
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    if not abs(found - expected) <= tolerance * expected:
-        engine.pack.close()
-        raise PackingError(f"packed, the model's loss on two rows is {found:.6f}, must be {expected:.6f}")
+        check_pack(engine.pack, reference, dtype)
+    except PackingError:
+        engine.close()
+        raise
     return engine
 
 
-def _two_rows(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Return random token ids of two rows of different lengths."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator) for n in (9, 14)]
+def _fit(config: SearchConfig, device: torch.device, memory: MemoryEstimate | None, *, slots: int, tokens: int) -> Fit:
+    """Return the pack that fits into the memory that is free now; without an estimate, the one that is asked for."""
+    checkpointing = config.training.gradient_checkpointing
+    if memory is None:
+        return Fit(slots, tokens, checkpointing is True)
+    free = free_memory_mib(str(device)) / (1 if device.type != "cpu" else config.search.lanes or 1)
+    return memory.fit(free, slots=slots, tokens=tokens, checkpointing=checkpointing)
 
 
-def _rows_stay_apart(engine: PackedEngine, rows: list[torch.Tensor], device: str) -> bool:
-    """Return True if the loss of a row is the same to the bit whatever stands before it in the pack.
-
-    Layers of linear attention or state spaces pass on what they have read, over the border of two rows.
-    """
-    first, second = rows
-    labels = [torch.full_like(first, IGNORE), second]
-    losses = {
-        engine.pack.nll([MicroBatch(_no_adapter(device), [other, second], labels)]).item()
-        for other in (first, first.flip(0))
-    }
-    return len(losses) == 1
-
-
-@torch.no_grad()
-def _plain_nll(model: PreTrainedModel, rows: list[torch.Tensor]) -> float:
-    """Return the negative log-likelihood of rows by the model's own forward pass, in nats."""
-    logits = [model(input_ids=row[None].to(model.device), use_cache=False).logits[0, :-1].float() for row in rows]
-    pairs = zip(logits, rows, strict=True)
-    return sum(float(cross_entropy(scores, row[1:].to(scores.device), reduction="sum")) for scores, row in pairs)
-
-
-def _no_adapter(device: str) -> Adapter:
-    """Return an adapter of no layers."""
-    return Adapter({}, r=1, scaling=0.0, dropout=0.0, seed=0, device=device)
+def _check_settings(config: SearchConfig) -> None:
+    """Check that the packed engine has what the settings ask for."""
+    if config.training.optim not in OPTIMIZERS:
+        raise PackingError(f"training.optim is {config.training.optim}, which only TRL's trainer has")
+    attention = config.base_model.attn_implementation
+    if attention not in ATTENTION:
+        raise PackingError(
+            f"base_model.attn_implementation is {attention}, which only TRL's trainer uses; leave it out to train "
+            "trials together"
+        )

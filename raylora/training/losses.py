@@ -1,6 +1,7 @@
 """Computes the validation loss per token, which searches minimise and merges are judged by."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import datasets
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from raylora.config.schema import TrainingSection
 from raylora.data.rows import IGNORE
+from raylora.training.memory import with_less_memory
 
 
 def eval_loss(model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int, pad_token_id: int) -> float:
@@ -45,12 +47,30 @@ def predictions(
     was_training = model.training
     model.eval()
     for input_ids, labels in _batches(part, batch_size, pad_token_id):
-        with torch.inference_mode():
-            logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits[:, :-1]
-            targets = labels[:, 1:].to(logits.device)
-            loss_mask = targets != IGNORE
-            yield logits[loss_mask].to(torch.promote_types(logits.dtype, torch.float32)), targets[loss_mask]
+        loss_mask = labels[:, 1:] != IGNORE
+        logits = with_less_memory(partial(_predict, model, input_ids, loss_mask), len(input_ids))
+        yield logits, labels[:, 1:][loss_mask].to(logits.device)
     model.train(was_training)
+
+
+@torch.inference_mode()
+def _predict(model: PreTrainedModel, input_ids: torch.Tensor, loss_mask: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """Return the logits at positions whose next token has a loss.
+
+    Args:
+        model: causal language model.
+        input_ids: (rows, tokens), int64.
+        loss_mask: (rows, tokens - 1), bool.
+        n_rows: rows per forward pass.
+
+    Returns:
+        (n, vocabulary), float32 or float64.
+    """
+    found = []
+    for ids, mask in zip(input_ids.split(n_rows), loss_mask.split(n_rows), strict=True):
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1]
+        found.append(logits[mask.to(logits.device)].to(torch.promote_types(logits.dtype, torch.float32)))
+    return torch.cat(found)
 
 
 def _batches(part: datasets.Dataset, batch_size: int, pad_token_id: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

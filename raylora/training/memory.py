@@ -1,13 +1,16 @@
 """Estimates the memory of a pack from the base's shapes, before anything is loaded.
 
-Activations count as the inputs and outputs of every linear layer. With gradient checkpointing, they count as one hidden
-state per layer. `benchmarks/memory.py` shows the estimate beside the measured peak.
+Activations count as the inputs and outputs of every linear layer, and the dropout masks of their inputs. With gradient
+checkpointing, they count as one hidden state per layer, and the activations of the one layer that is computed again.
+`benchmarks/memory.py` shows the estimate beside the measured peak.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import psutil
 import torch
@@ -30,6 +33,10 @@ NF4_BITS_SINGLE = 4.5
 ADAPTER_BYTES = 16
 """Bytes per trained parameter: weight, gradient and Adam's two moments, in float32."""
 
+STACK_BYTES = 10
+"""Bytes per trained parameter that grouped products add for a pass: a stack and its gradients in float32, and a copy of
+the stack in bfloat16."""
+
 CHUNK = 512
 """Positions whose logits are in memory at once. With a vocabulary of 50,000, these are 98 MiB in float32."""
 
@@ -44,9 +51,50 @@ TOKENS_PER_PASS = {"gpu": 4096, "cpu": 512}
 """Tokens of a pass at which arithmetic becomes the limit, so that more tokens do not raise the throughput."""
 
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+"""Errors of a device, or of this machine, that lacks memory."""
+
+Result = TypeVar("Result")
+
+
+def with_less_memory(run: Callable[[int], Result], size: int) -> Result:
+    """Call `run(size)`; where memory runs out, again with half the size, down to 1.
+
+    Args:
+        run: takes a number of rows, prompts or tokens, on which its memory depends.
+        size: first size.
+
+    Raises:
+        torch.OutOfMemoryError: a size of 1 needs too much.
+    """
+    while True:
+        try:
+            return run(size)
+        except OUT_OF_MEMORY:
+            if size == 1:
+                raise
+        size //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def tokens_per_pass(section: SearchSection, *, on_gpu: bool) -> int:
     """Return the largest number of tokens of a pass: as set, or `TOKENS_PER_PASS` of the device."""
     return section.tokens_per_pass or TOKENS_PER_PASS["gpu" if on_gpu else "cpu"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Pack that fits into a device's memory."""
+
+    slots: int
+    """Trials at once, at least 1."""
+
+    tokens: int
+    """Tokens per pass, at least one micro-batch."""
+
+    checkpointing: bool
+    """True to recompute activations."""
 
 
 @dataclass(frozen=True)
@@ -57,38 +105,58 @@ class MemoryEstimate:
     """Base model in MiB."""
 
     trial_mib: float
-    """Largest adapter with its gradients and optimizer state, in MiB."""
+    """Largest adapter with its gradients, optimizer state and copies for a pass, in MiB."""
 
     token_mib: float
     """Activations per token of a pass through the base, in MiB."""
 
+    checkpointed_token_mib: float
+    """The same with gradient checkpointing."""
+
     logits_mib: float
-    """Logits of one chunk of positions, in MiB."""
+    """Logits per position that is in memory, in MiB: themselves, their log-softmax and their gradient."""
 
     micro_batch_tokens: int
     """Tokens of the largest micro-batch. A micro-batch is never divided between passes."""
 
-    def total_mib(self, slots: int, tokens: int) -> float:
-        """Return the memory in MiB for this many slots (trials at once) and tokens per pass."""
-        activations = max(tokens, self.micro_batch_tokens) * self.token_mib
-        return self.base_mib + slots * self.trial_mib + activations + self.logits_mib
+    def total_mib(self, fit: Fit) -> float:
+        """Return the memory of a pack in MiB."""
+        return self.base_mib + fit.slots * self.trial_mib + self._pass_mib(fit.tokens, fit.checkpointing)
 
-    def fit(self, free_mib: float, *, slots: int, tokens: int) -> tuple[int, int]:
-        """Return the slots and tokens per pass that fit into the free memory.
+    def fit(self, free_mib: float, *, slots: int, tokens: int, checkpointing: bool | Literal["auto"]) -> Fit:
+        """Return the pack that fits into the free memory.
 
-        A tenth stays free, for what the estimate does not know. Activations get half of the rest at most.
+        A tenth stays free, for what the estimate does not know. A pass gets half of the rest at most.
 
         Args:
             free_mib: memory that is free beside the base, in MiB.
             slots: largest number of trials at once.
             tokens: largest number of tokens per pass.
-
-        Returns:
-            Slots, at least 1; and tokens per pass, at least one micro-batch.
+            checkpointing: `training.gradient_checkpointing`. `auto` recomputes activations only if less than half of
+                the trials, or of the tokens, would fit without it: a recomputed step takes a third longer.
         """
-        usable = 0.9 * free_mib - self.logits_mib
-        tokens = max(self.micro_batch_tokens, min(tokens, int(usable / 2 / self.token_mib)))
-        return max(1, min(slots, int((usable - tokens * self.token_mib) / self.trial_mib))), tokens
+        if checkpointing != "auto":
+            return self._fit(free_mib, slots, tokens, checkpointing)
+        plain = self._fit(free_mib, slots, tokens, False)
+        is_enough = 2 * plain.slots >= slots and 2 * plain.tokens >= tokens and self._fits(plain, free_mib)
+        return plain if is_enough else self._fit(free_mib, slots, tokens, True)
+
+    def _fit(self, free_mib: float, slots: int, tokens: int, checkpointing: bool) -> Fit:
+        usable = 0.9 * free_mib
+        while tokens > self.micro_batch_tokens and self._pass_mib(tokens, checkpointing) > usable / 2:
+            tokens = max(self.micro_batch_tokens, int(0.95 * tokens))
+        left = usable - self._pass_mib(tokens, checkpointing)
+        return Fit(max(1, min(slots, int(left / self.trial_mib))), max(tokens, self.micro_batch_tokens), checkpointing)
+
+    def _fits(self, fit: Fit, free_mib: float) -> bool:
+        """Return True if a pack fits, which one of a single trial and micro-batch may not."""
+        return self.total_mib(fit) - self.base_mib <= 0.9 * free_mib
+
+    def _pass_mib(self, tokens: int, checkpointing: bool) -> float:
+        """Return the memory of a pass in MiB: activations and logits."""
+        tokens = max(tokens, self.micro_batch_tokens)
+        per_token = self.checkpointed_token_mib if checkpointing else self.token_mib
+        return tokens * per_token + min(CHUNK, tokens) * self.logits_mib
 
 
 def free_memory_mib(device: str) -> float:
@@ -120,7 +188,7 @@ def estimate_memory(
     dtype_bytes: int,
     nf4: bool,
     double_quant: bool,
-    gradient_checkpointing: bool,
+    grouped: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of base, trials and tokens.
 
@@ -133,20 +201,22 @@ def estimate_memory(
         dtype_bytes: bytes of the compute dtype.
         nf4: True if linear layers are in NF4.
         double_quant: True if their scales are quantized too.
-        gradient_checkpointing: True if activations are recomputed.
+        grouped: True if the products of adapters are grouped.
     """
     text = config.get_text_config()
     bits = (NF4_BITS if double_quant else NF4_BITS_SINGLE) if nf4 else 8 * dtype_bytes
     base = architecture.n_linear * bits / 8 + architecture.n_rest * dtype_bytes
-    widths = sum(in_features + out_features for in_features, out_features in architecture.shapes.values())
-    per_token = text.num_hidden_layers * text.hidden_size if gradient_checkpointing else BESIDE_LINEAR * widths
-    # logits, their log-softmax and their gradient, in float32
-    logits = 3 * 4 * text.vocab_size * min(CHUNK, rows * length)
+    inputs = sum(in_features for in_features, _ in architecture.shapes.values())
+    outputs = sum(out_features for _, out_features in architecture.shapes.values())
+    per_token = BESIDE_LINEAR * (inputs + outputs) * dtype_bytes + inputs  # a dropout mask has a byte per entry
+    hidden_states = text.num_hidden_layers * text.hidden_size * dtype_bytes
+    trial_bytes = ADAPTER_BYTES + (STACK_BYTES if grouped else 0)
     return MemoryEstimate(
         base_mib=base / MIB,
-        trial_mib=ADAPTER_BYTES * n_adapter_parameters / MIB,
-        token_mib=per_token * dtype_bytes / MIB,
-        logits_mib=logits / MIB,
+        trial_mib=trial_bytes * n_adapter_parameters / MIB,
+        token_mib=per_token / MIB,
+        checkpointed_token_mib=(hidden_states + per_token / text.num_hidden_layers) / MIB,
+        logits_mib=3 * 4 * text.vocab_size / MIB,
         micro_batch_tokens=rows * length,
     )
 

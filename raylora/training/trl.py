@@ -44,7 +44,7 @@ class TrlEngine:
 
     @classmethod
     def load(cls, config: SearchConfig, *, tokens_dir: Path, cache_dir: Path, device: str) -> "TrlEngine":
-        """Load the base and open the token cache.
+        """Load the base, and put it to use as `on` does.
 
         Args:
             config: resolved config of the search.
@@ -55,16 +55,37 @@ class TrlEngine:
         Raises:
             BaseModelError: the base cannot be found or loaded.
         """
+        model = load_base_model(config.base_model, cache_dir, device)
+        return cls.on(model, config, tokens_dir=tokens_dir, cache_dir=cache_dir)
+
+    @classmethod
+    def on(
+        cls,
+        model: PreTrainedModel,
+        config: SearchConfig,
+        *,
+        tokens_dir: Path,
+        cache_dir: Path,
+        reason: str | None = None,
+    ) -> "TrlEngine":
+        """Put a loaded base to use, and open the token cache.
+
+        Args:
+            model: the frozen base.
+            config: resolved config of the search.
+            tokens_dir: token cache.
+            cache_dir: holds converted and quantized bases.
+            reason: reason that trials are not packed.
+        """
         base = config.base_model
-        checkpoint = find_checkpoint(base, cache_dir)
-        model = load_base_model(base, cache_dir, device)
         return cls(
             model=model,
-            tokenizer=load_tokenizer(base, checkpoint),
+            tokenizer=load_tokenizer(base, find_checkpoint(base, cache_dir)),
             train=load_part(tokens_dir, "train"),
             validation=load_part(tokens_dir, "validation"),
             training=config.training,
             architecture=Architecture.of_config(model.config, trust_remote_code=base.trust_remote_code),
+            reason=reason,
         )
 
     def fit(
@@ -165,7 +186,7 @@ def _sft_config(
         data_seed=assignment.seed,
         optim="adamw_torch" if paged and not on_gpu else training.optim,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=training.gradient_checkpointing is True,
         train_sampling_strategy="group_by_length" if training.group_by_length else "random",
         bf16=on_gpu and model.dtype == torch.bfloat16,
         fp16=on_gpu and model.dtype == torch.float16,

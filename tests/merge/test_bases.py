@@ -50,7 +50,7 @@ LINEAR = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-MEMORY = MemoryEstimate(1.0, 1.0, 0.01, 1.0, 64)
+MEMORY = MemoryEstimate(1.0, 1.0, 0.01, 0.01, 0.01, 64)
 
 
 def text(kind: str, **changes: Any) -> PreTrainedModel:
@@ -90,7 +90,7 @@ BASES: dict[str, tuple[Callable[[], PreTrainedModel], str | None]] = {
     "gemma3_text": (lambda: text("Gemma3Text", head_dim=16, sliding_window=32), None),
     "phi3": (lambda: text("Phi3"), None),
     "qwen3_moe": (lambda: text("Qwen3Moe", **EXPERTS), None),
-    "gpt_oss": (lambda: text("GptOss", num_local_experts=4, head_dim=16, sliding_window=32), "loss on two rows is"),
+    "gpt_oss": (lambda: text("GptOss", num_local_experts=4, head_dim=16, sliding_window=32), "the loss of a row of"),
     "qwen3_next": (lambda: text("Qwen3Next", **{**EXPERTS, **LINEAR}, shared_expert_intermediate_size=64), HYBRID),
     "lfm2": (lambda: text("Lfm2", layer_types=["conv", "full_attention"]), HYBRID),
     "falcon_h1": (lambda: text("FalconH1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16), HYBRID),

@@ -178,6 +178,41 @@ def test_a_trial_that_does_not_fit_alone_fails(
     assert not engine.trials
 
 
+def test_an_error_of_a_step_names_the_trial_that_causes_it(
+    engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = engine.pack.backward
+
+    def broken(batches: list) -> torch.Tensor:
+        if any(batch.adapter.seed == 1 for batch in batches):
+            raise IndexError("token 999 of 300")
+        return backward(batches)
+
+    monkeypatch.setattr(engine.pack, "backward", broken)
+    engine.tokens_per_pass = 10_000  # all trials in one pass
+    link = serve(engine, tmp_path, [start(number) for number in range(3)], [])
+    assert link.failures == {1: "IndexError: token 999 of 300"}
+    assert link.reports == [(0, 1), (2, 1)]
+    assert "in broken" in (tmp_path / "run" / "trials" / "0001" / "error.txt").read_text()
+
+
+def test_an_error_that_no_trial_causes_alone_makes_the_pack_smaller(
+    engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = engine.pack.backward
+
+    def broken(batches: list) -> torch.Tensor:
+        if len(batches) > 1:
+            raise RuntimeError("too many")
+        return backward(batches)
+
+    monkeypatch.setattr(engine.pack, "backward", broken)
+    engine.tokens_per_pass = 10_000
+    link = serve(engine, tmp_path, [start(0), start(1)], [])
+    assert [(news.checkpoints, news.reason) for news in link.returns] == [({1: None}, "RuntimeError: too many")]
+    assert link.reports == [(0, 1)]
+
+
 def test_a_newcomer_for_which_there_is_no_memory_waits(
     engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

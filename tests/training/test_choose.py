@@ -1,7 +1,9 @@
 """Which engine a lane gets, and what it says when it cannot pack."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,14 @@ from raylora.data.prepare import prepare_data
 from raylora.errors import PackingError
 from raylora.training import choose as engines
 from raylora.training.choose import load_engine
-from raylora.training.memory import MemoryEstimate
+from raylora.training.memory import Fit, MemoryEstimate
 from raylora.training.packed.engine import PackedEngine
+from raylora.training.packed.verify import Reference
 from raylora.training.trl import TrlEngine
 
-MEMORY = MemoryEstimate(base_mib=1, trial_mib=1, token_mib=0.001, logits_mib=1, micro_batch_tokens=64)
+MEMORY = MemoryEstimate(
+    base_mib=1, trial_mib=1, token_mib=0.001, checkpointed_token_mib=0.001, logits_mib=0.01, micro_batch_tokens=64
+)
 
 
 def load(config: SearchConfig, tmp_path: Path, memory: MemoryEstimate = MEMORY) -> PackedEngine | TrlEngine:
@@ -61,24 +66,57 @@ def test_a_model_that_cannot_be_packed_is_found_out(
         (tmp_path / "gemma2" / name).write_bytes((tiny_model / name).read_bytes())
     engine = load(make_config(base_model={"name": str(tmp_path / "gemma2")}), tmp_path)
     assert isinstance(engine, TrlEngine)
-    assert (engine.reason or "").startswith("the model cannot be packed: ValueError: `sdpa` attention does not support")
+    assert (engine.reason or "").startswith("the model caps its attention scores (softcap)")
 
 
 def test_a_model_that_computes_something_else_in_a_pack_is_found_out(
     make_config: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "_plain_nll", lambda model, rows: 1.0)
+    measure = engines.measure_reference
+
+    def halved(*args: Any, **options: Any) -> Reference:
+        """A reference whose adapters act half as strongly as in the pack."""
+        found = measure(*args, **options)
+        return replace(found, gradients=[{name: g / 2 for name, g in one.items()} for one in found.gradients])
+
+    monkeypatch.setattr(engines, "measure_reference", halved)
     engine = load(make_config(), tmp_path)
     assert isinstance(engine, TrlEngine)
-    assert "packed, the model's loss on two rows is" in (engine.reason or "")
+    assert engine.reason == "packed, the gradient of an adapter of rank 8 differs from peft's by 100.0%"
+
+
+def test_attention_that_the_pack_has_not_is_left_to_trl(
+    make_config: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    engine = load(make_config(base_model={"attn_implementation": "eager"}), tmp_path)
+    assert isinstance(engine, TrlEngine)
+    assert (engine.reason or "").startswith("base_model.attn_implementation is eager, which only TRL's trainer uses")
+    assert engine.model.config._attn_implementation == "eager"
 
 
 def test_a_pack_takes_no_more_than_there_is_memory_for(
     make_config: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "free_memory_mib", lambda device: 10.0)
-    # 9 MiB usable, 1 of them for logits, 64 tokens of 0.05 MiB each at least: 4.8 MiB for trials of 2 MiB
-    small = MemoryEstimate(base_mib=1, trial_mib=2, token_mib=0.05, logits_mib=1, micro_batch_tokens=64)
+    # 9 MiB usable; half of them take 70 tokens of 0.064 MiB, which leaves 4.52 MiB for trials of 2 MiB
+    small = MemoryEstimate(
+        base_mib=1, trial_mib=2, token_mib=0.054, checkpointed_token_mib=0.054, logits_mib=0.01, micro_batch_tokens=64
+    )
     engine = load(make_config(), tmp_path, small)
     assert isinstance(engine, PackedEngine)
-    assert (engine.slots, engine.tokens_per_pass) == (2, 80)
+    assert engine.slots == 2
+    assert 64 <= engine.tokens_per_pass <= 70
+
+
+def test_activations_are_recomputed_only_where_half_of_the_pack_would_not_fit() -> None:
+    estimate = MemoryEstimate(
+        base_mib=0, trial_mib=10, token_mib=1, checkpointed_token_mib=0.1, logits_mib=0, micro_batch_tokens=100
+    )
+
+    def fit(free_mib: float) -> Fit:
+        return estimate.fit(free_mib, slots=8, tokens=400, checkpointing="auto")
+
+    assert fit(1000) == Fit(8, 400, False)  # 900 usable, of which 400 for the pass
+    assert not fit(500).checkpointing and fit(500).tokens >= 200  # 450 usable, 225 of them for the pass
+    assert fit(400) == Fit(8, 400, True)  # 180 tokens would fit without
+    assert estimate.fit(10_000, slots=8, tokens=400, checkpointing=True) == Fit(8, 400, True)

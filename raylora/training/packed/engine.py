@@ -19,12 +19,16 @@ from raylora.data.rows import TokenRows
 from raylora.errors import TrialError
 from raylora.run.metrics import RungMetrics
 from raylora.training.losses import validated_rows
-from raylora.training.memory import reset_peak_memory
+from raylora.training.memory import reset_peak_memory, with_less_memory
 from raylora.training.packed.forward import Pack
 from raylora.training.packed.layout import MicroBatch
 from raylora.training.packed.trial import PackedTrial
 
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+MAX_PADDING = 4
+"""Largest number of tokens that attention sees, with the padding of its rows, over the tokens of a pass. Our choice."""
+
+RANK_MULTIPLE = 8
+"""Multiple to which ranks are padded for grouped products: their kernel wants rows of 16 bytes, 8 in bfloat16."""
 
 
 class PackedEngine:
@@ -39,7 +43,7 @@ class PackedEngine:
         slots: number of trials at once; the caller of `add` keeps to it.
         tokens_per_pass: most tokens of a pass through the base, unless a single micro-batch has more.
         autocast: type of activations, if it is not the parameters' own.
-        grouped: as in `Pack`; ranks are then padded to a multiple of 8, which the kernels demand.
+        grouped: as in `Pack`; ranks are then padded to `RANK_MULTIPLE`.
         dtype: type of the adapters.
     """
 
@@ -59,10 +63,17 @@ class PackedEngine:
     ) -> None:
         self.slots, self._architecture = slots, architecture
         self.pack = Pack(model, list(architecture.shapes), autocast=autocast, grouped=grouped)
-        if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if training.gradient_checkpointing is True:
+            # a layer draws no random numbers: dropout masks are functions of seed, micro-batch and layer
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+            )
         self._on_gpu = model.device.type == "cuda"
-        self._adapter_options = {"device": model.device, "dtype": dtype, "rank_multiple": 8 if grouped else 1}
+        self._adapter_options = {
+            "device": model.device,
+            "dtype": dtype,
+            "rank_multiple": RANK_MULTIPLE if grouped else 1,
+        }
         self._train_rows, self._validation_rows = train, validation
         self._training, self.tokens_per_pass = training, tokens_per_pass
         self.trials: dict[int, PackedTrial] = {}
@@ -122,10 +133,31 @@ class PackedEngine:
 
         Raises:
             torch.OutOfMemoryError: the pack is too large. No trial has lost anything.
+            Exception: whatever a pass raises for another reason. No trial has lost anything; `faults` tells whose rows
+                or factors are the cause.
         """
         if not self._due():
             self._train()
         return self._report(self._due())
+
+    def faults(self) -> dict[int, Exception]:
+        """Run the next passes of each trial by itself, without an update, and return the errors.
+
+        Returns:
+            Number -> error of each trial that fails by itself.
+        """
+        errors: dict[int, Exception] = {}
+        for number, trial in self.trials.items():
+            try:
+                if trial.is_due:
+                    self._validate([number])
+                else:
+                    for batch in trial.micro_batches(self._train_rows):
+                        self.pack.backward([batch])
+            except Exception as error:  # whatever the model's code raises is what is asked for
+                errors[number] = error
+            trial.adapter.zero_grad()
+        return errors
 
     def _due(self) -> list[int]:
         return [number for number, trial in self.trials.items() if trial.is_due]
@@ -140,7 +172,7 @@ class PackedEngine:
         began = time.perf_counter()
         try:
             losses = torch.cat([self.pack.backward(part) for part in cut(batches, self.tokens_per_pass)])
-        except OUT_OF_MEMORY:
+        except Exception:
             for trial in trials:
                 trial.adapter.zero_grad()
             raise
@@ -176,16 +208,13 @@ class PackedEngine:
         """
         if not numbers:
             return {}
-        began = time.perf_counter()
-        rows, tokens = self._training.per_device_eval_batch_size, self.tokens_per_pass
-        while True:
-            try:
-                losses = self._eval_losses(numbers, rows_per_batch=rows, tokens_per_pass=tokens)
-                break
-            except OUT_OF_MEMORY:
-                if rows == 1:
-                    raise
-                rows, tokens = rows // 2, tokens // 2
+        began, most = time.perf_counter(), self._training.per_device_eval_batch_size
+        losses = with_less_memory(
+            lambda rows: self._eval_losses(
+                numbers, rows_per_batch=rows, tokens_per_pass=self.tokens_per_pass * rows // most
+            ),
+            most,
+        )
         for number in numbers:
             self.trials[number].seconds["eval"] += (time.perf_counter() - began) / len(numbers)
         return losses
@@ -209,15 +238,20 @@ class PackedEngine:
 
 
 def cut(batches: list[MicroBatch], tokens_per_pass: int) -> list[list[MicroBatch]]:
-    """Cut micro-batches into passes of about equal size, none over the limit unless it is a single micro-batch."""
+    """Cut micro-batches into passes of about equal size, none over the limit unless it is a single micro-batch.
+
+    The padding of attention, which the memory estimate leaves out, is held to `MAX_PADDING` times the limit.
+    """
     total = sum(batch.n_tokens for batch in batches)
     target = total / math.ceil(total / tokens_per_pass)
     passes: list[list[MicroBatch]] = [[]]
-    size = 0
+    size = rows = longest = 0
     for batch in batches:
-        if passes[-1] and (size + batch.n_tokens > tokens_per_pass or size + batch.n_tokens / 2 > target):
+        n_rows, length = rows + len(batch.input_ids), max(longest, *map(len, batch.input_ids))
+        is_full = size + batch.n_tokens > tokens_per_pass or size + batch.n_tokens / 2 > target
+        if passes[-1] and (is_full or n_rows * length > MAX_PADDING * tokens_per_pass):
             passes.append([])
-            size = 0
+            size, n_rows, length = 0, len(batch.input_ids), max(map(len, batch.input_ids))
         passes[-1].append(batch)
-        size += batch.n_tokens
+        size, rows, longest = size + batch.n_tokens, n_rows, length
     return passes

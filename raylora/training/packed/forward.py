@@ -26,9 +26,19 @@ from transformers.pytorch_utils import Conv1D
 
 from raylora.base.architecture import dense_weight
 from raylora.base.onednn import fast_products
+from raylora.errors import PackingError
 from raylora.training.memory import CHUNK
 from raylora.training.packed.adapter import Shapes
 from raylora.training.packed.layout import Group, Layout, MicroBatch
+
+
+def has_grouped_products(device: torch.device) -> bool:
+    """Return True if a device takes the products of several adapters in one call.
+
+    `grouped_mm` has a kernel for bfloat16 on compute capability 9 and 10 (H100, H200, B200). Elsewhere it copies sizes
+    to the host in every call, and waits for them (torch 2.11 to 2.13, `GroupedMMUtils.h`).
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 class Pack:
@@ -39,9 +49,10 @@ class Pack:
     Args:
         model: causal language model with frozen parameters, on any device.
         names: names of the linear layers that adapters may adapt.
-        autocast: dtype of activations, e.g. bfloat16 on a GPU; None is the dtype of the parameters.
-        grouped: True to take the products of adapters of the same shapes in one call. On a GPU, launching kernels for
-            each adapter would cost what the pack gains. On a CPU there are no launches to save.
+        autocast: dtype of activations, e.g. bfloat16 on a GPU; None is the dtype of the parameters. In float16 the
+            weights of micro-batches apply to gradients, which needs no loss scaler.
+        grouped: True to take the products of adapters of the same shapes in one call, in bfloat16 where
+            `has_grouped_products`.
         chunk: positions whose logits are in memory at once.
     """
 
@@ -88,10 +99,12 @@ class Pack:
             Losses, (n_micro_batches,), float64: weight times the sum over tokens with loss, in nats.
         """
         self._set_training(True)
-        hidden, layout = self._hidden(micro_batches)
-        nll, grad_hidden = self._cross_entropy(hidden.detach(), layout, with_gradient=True)
-        hidden.backward(grad_hidden)
-        self._layout = None
+        try:
+            hidden, layout = self._hidden(micro_batches, with_gradient=True)
+            nll, grad_hidden = self._cross_entropy(hidden.detach(), layout, with_gradient=True)
+            hidden.backward(grad_hidden)
+        finally:  # a pass that runs out of memory leaves no factors behind
+            self._layout = None
         for group in layout.groups:
             group.add_gradients_to_adapters()
         return layout.weights * layout.sums(nll)
@@ -107,8 +120,10 @@ class Pack:
             (n_micro_batches,), float64: the sum over tokens with loss, in nats.
         """
         self._set_training(False)
-        hidden, layout = self._hidden(micro_batches)
-        self._layout = None
+        try:
+            hidden, layout = self._hidden(micro_batches, with_gradient=False)
+        finally:
+            self._layout = None
         return layout.sums(self._cross_entropy(hidden, layout, with_gradient=False)[0])
 
     def _set_training(self, training: bool) -> None:
@@ -122,10 +137,17 @@ class Pack:
                 if isinstance(module, nn.Dropout):
                     module.eval()
 
-    def _hidden(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Layout]:
+    def _hidden(self, micro_batches: list[MicroBatch], *, with_gradient: bool) -> tuple[Tensor, Layout]:
         """Return the last hidden states at positions whose next token has a loss, (n, hidden_size), and the layout."""
         device = self.model.device
-        self._layout = layout = Layout(micro_batches, device, self._autocast, grouped=self._grouped)
+        self._layout = layout = Layout(
+            micro_batches,
+            device,
+            self._autocast,
+            grouped=self._grouped,
+            with_gradient=with_gradient,
+            weigh_gradients=self._autocast == torch.float16,
+        )
         backbone = self.model.get_decoder()  # without the vision tower of a model that has one
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
             output = backbone(input_ids=layout.input_ids[None], position_ids=layout.position_ids[None], use_cache=False)
@@ -162,11 +184,17 @@ class Pack:
             attention_mask: ignored, since rows have no padding.
             scaling: factor of the scores; None is transformers' default.
             sliding_window: largest distance in tokens that a token sees; None sets no limit.
-            options: of these, `softcap` goes on to transformers, which refuses it.
+            options: of these, `softcap` is refused.
 
         Returns:
             (1, n_tokens, heads, head_dim), and None for the attention weights.
+
+        Raises:
+            PackingError: the model caps its attention scores.
         """
+        if options.get("softcap") is not None:
+            # transformers' sdpa ignores it before 5.23
+            raise PackingError("the model caps its attention scores (softcap), which packed attention does not")
         assert self._layout is not None
         layout, mask = self._layout, None
         if sliding_window is not None and layout.longest > sliding_window:
@@ -174,7 +202,7 @@ class Pack:
             mask = ones.tril() & ones.triu(1 - sliding_window)
         rows = [layout.pad(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value)]
         attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, *rows, mask, dropout=0.0, scaling=scaling, is_causal=mask is None, softcap=options.get("softcap")
+            module, *rows, mask, dropout=0.0, scaling=scaling, is_causal=mask is None
         )
         return layout.unpad(attended)[None], None
 

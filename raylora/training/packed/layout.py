@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch.nn.functional import grouped_mm
 
 from raylora.data.rows import IGNORE
 from raylora.training.packed.adapter import Adapter, views
+
+ALIGNMENT = 16
+"""Bytes to which tables in one buffer are aligned: `grouped_mm` demands it of its offsets."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,19 @@ class Share:
     key: int | None
     """Key of the micro-batch, as in `MicroBatch`."""
 
+    weight: float
+    """Factor of the gradients: 1 if the loss has the weight of the micro-batch."""
+
+    @property
+    def owner(self) -> tuple[Adapter, float]:
+        """Adapter and weight. The shares that have both in common are multiplied as one."""
+        return self.adapter, self.weight
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the micro-batch."""
+        return self.tokens.stop - self.tokens.start
+
     @property
     def has_dropout(self) -> bool:
         """True if dropout is active."""
@@ -83,46 +100,56 @@ class Share:
 class Group:
     """Neighbouring shares whose adapters have the same shapes, so that each of their products is one call.
 
-    A single share works on its adapter's own memory. The factors of several shares are stacked for one pass.
+    A single adapter works on its own memory. The factors of several adapters are stacked for one pass.
 
     Args:
-        shares: shares that follow one another in the sequence.
+        shares: shares that follow one another in the sequence, those of one adapter together.
         autocast: dtype of activations and factors; None is the dtype of the adapters.
+        ends: position after the tokens of each adapter, from the start of the group, (n_adapters,), int32.
+        scaling: LoRA scaling of each token, (n_tokens, 1), float32 or float64. In bfloat16 a scaling of 2.105 would act
+            as 2.109.
+        with_gradient: True to collect gradients.
     """
 
-    def __init__(self, shares: list[Share], autocast: torch.dtype | None) -> None:
-        self.shares = shares
+    def __init__(
+        self,
+        shares: list[Share],
+        autocast: torch.dtype | None,
+        *,
+        ends: Tensor,
+        scaling: Tensor,
+        with_gradient: bool,
+    ) -> None:
+        self.shares, self._ends = shares, ends
         self.tokens = slice(shares[0].tokens.start, shares[-1].tokens.stop)
-        self._lengths = [share.tokens.stop - share.tokens.start for share in shares]
-        self._adapters = [share.adapter for share in shares]
-        parameters = [[adapter.parameters[factor] for adapter in self._adapters] for factor in (0, 1)]
-        device, self.dtype = parameters[0][0].device, autocast or parameters[0][0].dtype
-        sizes = self._adapters[0].sizes
-        if len(shares) == 1:
-            stacks = [one.detach()[None] for (one,) in parameters]
-            self._gradients = [one.grad[None] for (one,) in parameters]
-            self.scaling: float | Tensor = shares[0].scaling
-        else:
-            stacks = [torch.stack([one.detach() for one in several]) for several in parameters]
-            self._gradients = [torch.zeros_like(stack) for stack in stacks]
-            lengths = torch.tensor(self._lengths)
-            self._ends = lengths.cumsum(0).to(device, torch.int32)
-            scalings = torch.tensor([share.scaling for share in shares], dtype=self.dtype)
-            self.scaling = scalings.repeat_interleave(lengths)[:, None].to(device)
-        # layer -> (n_shares, padded r, in_features) and layer -> (n_shares, out_features, padded r)
+        self._owners = list(dict.fromkeys(share.owner for share in shares))
+        factors = [[adapter.parameters[factor] for adapter, _ in self._owners] for factor in (0, 1)]
+        self.dtype, sizes = autocast or factors[0][0].dtype, shares[0].adapter.sizes
+        self.scaling = scaling if len({share.scaling for share in shares}) > 1 else shares[0].scaling
+        stacks = [
+            one[0].detach()[None] if len(one) == 1 else torch.stack([vector.detach() for vector in one])
+            for one in factors
+        ]
+        # layer -> (n_adapters, padded r, in_features) and layer -> (n_adapters, out_features, padded r)
         self.lora_A, self.lora_B = (
             views(stack.to(self.dtype), size) for stack, size in zip(stacks, sizes, strict=True)
         )
+        if not with_gradient:
+            return
+        self._gradients = [
+            one[0].grad[None] if len(one) == 1 else torch.zeros_like(stack)
+            for one, stack in zip(factors, stacks, strict=True)
+        ]
         self.grad_A, self.grad_B = (
             views(gradient, size) for gradient, size in zip(self._gradients, sizes, strict=True)
         )
 
     def multiply(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """Multiply the tokens of each share by the matrix of its own adapter.
+        """Multiply the tokens of each adapter by its own matrix.
 
         Args:
             x: (n_tokens, n).
-            matrices: (n_shares, n, m).
+            matrices: (n_adapters, n, m).
 
         Returns:
             (n_tokens, m).
@@ -137,17 +164,19 @@ class Group:
             total.add_(self.multiply(x, matrices))
 
     def add_outer_product(self, gradients: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add left^T @ right over the tokens of each share to the share's gradient, in place.
+        """Add left^T @ right over the tokens of each adapter to the adapter's gradient, times its weight, in place.
+
+        Stacked gradients get the weight in `add_gradients_to_adapters`.
 
         Args:
-            gradients: (n_shares, n, m).
+            gradients: (n_adapters, n, m).
             left: (n_tokens, n).
             right: (n_tokens, m).
         """
         if len(gradients) == 1 and gradients.dtype == left.dtype:
-            gradients[0].addmm_(left.t(), right)
+            gradients[0].addmm_(left.t(), right, alpha=self._owners[0][1])
         elif len(gradients) == 1:
-            gradients[0].add_(left.t() @ right)
+            gradients[0].add_(left.t() @ right, alpha=self._owners[0][1])
         else:
             gradients.add_(grouped_mm(left.t(), right, offs=self._ends))
 
@@ -159,16 +188,16 @@ class Group:
         """
         if not any(share.has_dropout for share in self.shares):
             return None
-        parts = zip(self.shares, x.split(self._lengths), strict=True)
+        parts = zip(self.shares, x.split([share.n_tokens for share in self.shares]), strict=True)
         masks = [share.dropout_mask(layer, part) for share, part in parts]
         return masks[0] if len(masks) == 1 else torch.cat(masks)
 
     def add_gradients_to_adapters(self) -> None:
-        """Add the stacked gradients of several shares to those of their adapters. A single share needs no copy."""
-        if len(self.shares) > 1:
-            for index, adapter in enumerate(self._adapters):
+        """Add the stacked gradients of several adapters to their own. A single adapter needs no copy."""
+        if len(self._owners) > 1:
+            for index, (adapter, weight) in enumerate(self._owners):
                 for parameter, gradients in zip(adapter.parameters, self._gradients, strict=True):
-                    parameter.grad += gradients[index]
+                    parameter.grad.add_(gradients[index], alpha=weight)
 
 
 class Layout:
@@ -179,14 +208,22 @@ class Layout:
         device: where the base is.
         autocast: dtype of activations; None is the dtype of the adapters.
         grouped: True to place adapters of the same shapes side by side, for grouped products.
+        with_gradient: True to collect gradients.
+        weigh_gradients: True to apply the weights of micro-batches to the gradients of adapters, and not to the loss.
+            In float16, gradients of a loss that is divided by the number of tokens would underflow.
     """
 
     def __init__(
-        self, micro_batches: list[MicroBatch], device: torch.device, autocast: torch.dtype | None, *, grouped: bool
+        self,
+        micro_batches: list[MicroBatch],
+        device: torch.device,
+        autocast: torch.dtype | None,
+        *,
+        grouped: bool,
+        with_gradient: bool = True,
+        weigh_gradients: bool = False,
     ) -> None:
-        order = list(range(len(micro_batches)))
-        if grouped:
-            order.sort(key=lambda index: micro_batches[index].adapter.shape)
+        order = _placed(micro_batches, grouped)
         placed = [micro_batches[index] for index in order]
         rows = [row for batch in placed for row in batch.input_ids]
         labels = torch.cat([row for batch in placed for row in batch.labels])
@@ -196,42 +233,65 @@ class Layout:
         n_tokens = [batch.n_tokens for batch in placed]
         stops = list(itertools.accumulate(n_tokens))
         shares = [
-            Share(batch.adapter, slice(stop - n, stop), batch.key)
+            Share(batch.adapter, slice(stop - n, stop), batch.key, batch.weight if weigh_gradients else 1.0)
             for batch, stop, n in zip(placed, stops, n_tokens, strict=True)
         ]
-        alike = itertools.groupby(shares, key=lambda share: share.adapter.shape if grouped else share.tokens.start)
-        self.groups = [Group(list(group), autocast) for _, group in alike]
+        alike = itertools.groupby(shares, key=lambda share: share.adapter.shape if grouped else share.owner)
+        groups = [list(group) for _, group in alike]
         self.longest = int(lengths.max())
         owner = torch.tensor(order).repeat_interleave(torch.tensor(n_tokens))
         # a position predicts the next token of its row, so a row's first token has no loss
         loss_mask = labels != IGNORE
         loss_mask[starts] = False
         predicted = loss_mask.nonzero()[:, 0]
-        positions = torch.arange(int(ends[-1])) - starts.repeat_interleave(lengths)
         weights = torch.tensor([batch.weight for batch in micro_batches], dtype=torch.float64)
-
-        self.input_ids = torch.cat(rows).to(device)
+        inside = torch.arange(self.longest) < lengths[:, None]
+        precise = torch.promote_types(autocast or shares[0].adapter.parameters[0].dtype, torch.float32)
+        tables = _moved(
+            {
+                "input_ids": torch.cat(rows),
+                "position_ids": torch.arange(int(ends[-1])) - starts.repeat_interleave(lengths),
+                "predicting": predicted - 1,
+                "targets": labels[predicted],
+                "owner": owner[predicted],
+                "weights": weights,
+                "token_weights": torch.ones(len(predicted)) if weigh_gradients else weights[owner[predicted]],
+                "inside": inside.flatten().nonzero()[:, 0],
+                **{f"ends {index}": _ends(group) for index, group in enumerate(groups)},
+                **{f"scaling {index}": _scaling(group, precise) for index, group in enumerate(groups)},
+            },
+            device,
+        )
+        self.input_ids = tables["input_ids"]
         """Token ids of the sequence, (n_tokens,), int64."""
 
-        self.position_ids = positions.to(device)
+        self.position_ids = tables["position_ids"]
         """Position of each token in its row, (n_tokens,), int64."""
 
-        self.predicting = (predicted - 1).to(device)
+        self.predicting = tables["predicting"]
         """Positions whose next token has a loss, (n,), int64."""
 
-        self.targets = labels[predicted].to(device)
+        self.targets = tables["targets"]
         """Tokens to predict at these positions, (n,), int64."""
 
-        self._owner = owner[predicted].to(device)
-        self.weights = weights.to(device)
+        self.weights = tables["weights"]
         """Weight of each micro-batch, (n_micro_batches,), float64."""
 
-        self.token_weights = weights[owner[predicted]].to(device)
-        """Weight of each token to predict, (n,), float64."""
+        self.token_weights = tables["token_weights"]
+        """Weight of the loss of each token to predict, (n,), floating point."""
 
-        # flat indexes of the positions of (rows, longest) that are not padding
-        inside = torch.arange(self.longest) < lengths[:, None]
-        self._inside = inside.flatten().nonzero()[:, 0].to(device)
+        self.groups = [
+            Group(
+                group,
+                autocast,
+                ends=tables[f"ends {index}"],
+                scaling=tables[f"scaling {index}"],
+                with_gradient=with_gradient,
+            )
+            for index, group in enumerate(groups)
+        ]
+        self._owner = tables["owner"]
+        self._inside = tables["inside"]  # flat indexes of the positions of (rows, longest) that are not padding
         self._n_rows = len(rows)
 
     def pad(self, sequence: Tensor) -> Tensor:
@@ -261,3 +321,48 @@ class Layout:
         """
         total = torch.zeros(len(self.weights), dtype=torch.float64, device=values.device)
         return total.index_add_(0, self._owner, values.double())
+
+
+def _placed(micro_batches: list[MicroBatch], grouped: bool) -> list[int]:
+    """Return the order of the micro-batches in the sequence: those of an adapter together, and of its shapes too."""
+    first: dict[Adapter, int] = {}
+    for index, batch in enumerate(micro_batches):
+        first.setdefault(batch.adapter, index)
+
+    def place(index: int) -> tuple[Any, int, float]:
+        batch = micro_batches[index]
+        return batch.adapter.shape if grouped else (), first[batch.adapter], batch.weight
+
+    return sorted(range(len(micro_batches)), key=place)
+
+
+def _ends(shares: list[Share]) -> Tensor:
+    """Return the position after the tokens of each adapter, from the start of its group, (n_adapters,), int32."""
+    sizes: dict[tuple[Adapter, float], int] = {}
+    for share in shares:
+        sizes[share.owner] = sizes.get(share.owner, 0) + share.n_tokens
+    return torch.tensor(list(sizes.values())).cumsum(0).to(torch.int32)
+
+
+def _scaling(shares: list[Share], dtype: torch.dtype) -> Tensor:
+    """Return the LoRA scaling of each token of a group, (n_tokens, 1)."""
+    scalings = torch.tensor([share.scaling for share in shares], dtype=dtype)
+    return scalings.repeat_interleave(torch.tensor([share.n_tokens for share in shares]))[:, None]
+
+
+def _moved(tables: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Move tables to a device by one copy, for which the host does not wait."""
+    if device.type == "cpu":
+        return tables
+    places, size = {}, 0
+    for name, table in tables.items():
+        places[name] = size
+        size += -(-table.nbytes // ALIGNMENT) * ALIGNMENT
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for name, table in tables.items():
+        buffer[places[name] : places[name] + table.nbytes] = table.contiguous().flatten().view(torch.uint8)
+    moved = buffer.to(device, non_blocking=True)
+    return {
+        name: moved[places[name] : places[name] + table.nbytes].view(table.dtype).view(table.shape)
+        for name, table in tables.items()
+    }

@@ -29,7 +29,7 @@ from tests.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.ray
 
-NO_MEMORY = MemoryEstimate(0, 0, 0, 0, 0)
+NO_MEMORY = MemoryEstimate(0, 0, 0, 0, 0, 0)
 RUNGS = [3, 9, 27]
 RATES = [1e-4, 2e-4, 3e-4, 5e-3, 1e-3, 1.5e-4, 4e-3, 9e-3]
 
