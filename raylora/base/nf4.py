@@ -84,14 +84,16 @@ def nearest_code(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         scale: scale of each value, > 0, of a shape that broadcasts to that of `values`.
 
     Returns:
-        The shape of `values`, int64, in [0, 15].
+        The shape of `values`, int32, in [0, 15].
     """
-    return torch.bucketize(values / scale, _boundaries(values.device))
+    return torch.bucketize(values / scale, _boundaries(values.device), out_int32=True)
 
 
 def nearest(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Round each value to the nearest point of the grid. Arguments are those of `nearest_code`."""
-    return levels(values.device)[nearest_code(values, scale)] * scale
+    codes = nearest_code(values, scale)
+    # on a CPU, five times as fast as an index in brackets
+    return levels(values.device).index_select(0, codes.flatten()).view(codes.shape) * scale
 
 
 def to_tensors(name: str, weight: Params4bit) -> dict[str, torch.Tensor]:

@@ -253,8 +253,8 @@ class EvaluationSection(Section):
     max_new_tokens: PositiveInt = 128
     """Longest answer in tokens."""
 
-    batch_size: PositiveInt = 8
-    """Prompts per generation batch."""
+    batch_size: Literal["auto"] | PositiveInt = "auto"
+    """Prompts per generation batch. `auto` takes as many as fit into the memory, 64 at most."""
 
     answer_pattern: Annotated[str, AfterValidator(pattern_with_group)] | None = None
     """Regular expression whose first group is the answer to compare as a number, e.g. `#### (.+)` for GSM8K."""

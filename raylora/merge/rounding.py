@@ -7,12 +7,19 @@ layer.
 Weights, scales and results are (out_features, in_features), float32, unless stated otherwise.
 """
 
+from collections.abc import Iterator
+from functools import cached_property
+
 import torch
 
 from raylora.base.nf4 import levels, nearest
 
-BLOCK = 64
+BLOCK = 128
 """Input features that are rounded before one matrix product carries their errors to all others, as in GPTQ."""
+
+INNER_BLOCK = 16
+"""Input features that are rounded before one product carries their errors to the rest of the block. It saves memory
+traffic, which bounds a block of many outputs."""
 
 MAX_GAIN = 5.0
 """Largest gain of the update. A larger one would add more noise than it keeps of the update. Our choice."""
@@ -52,16 +59,40 @@ class CalibrationInputs:
     """
 
     def __init__(self, inputs: torch.Tensor, target: torch.Tensor) -> None:
-        inputs, target = inputs.float(), target.float()
-        self.hessian = inputs.T @ inputs
-        self.hessian.diagonal().add_(DAMPING * self.hessian.diagonal().mean() + torch.finfo(inputs.dtype).tiny)
+        self._inputs, self._difference = inputs.float(), target.float() - inputs.float()
+        self.hessian = self._inputs.T @ self._inputs
+        self.hessian.diagonal().add_(DAMPING * self.hessian.diagonal().mean() + torch.finfo(torch.float32).tiny)
         """Damped Hessian H = X^T X, without the factor 2: (in_features, in_features), float32."""
 
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian))
-        """Inverse of the damped Hessian, (in_features, in_features)."""
+        self._lower = torch.linalg.cholesky(self.hessian.flip(0, 1))
 
-        self.correction = (target - inputs).T @ inputs @ self.inverse
-        """Correction (Y - X)^T X H^-1 for the errors of earlier layers, (in_features, in_features)."""
+    @property
+    def factor(self) -> torch.Tensor:
+        """Upper triangular U with H = U U^T, (in_features, in_features)."""
+        return self._lower.flip(0, 1)
+
+    def corrected(self, weight: torch.Tensor) -> torch.Tensor:
+        """Correct a weight for the errors of earlier layers.
+
+        Args:
+            weight: T, (out_features, in_features).
+
+        Returns:
+            T + T (Y - X)^T X H^-1, whose outputs from X are nearest to those of T from Y.
+        """
+        out_features, in_features = weight.shape
+        if in_features <= out_features:
+            return weight + weight @ self._correction
+        return weight + self._over_hessian(weight @ self._difference.T @ self._inputs)
+
+    @cached_property
+    def _correction(self) -> torch.Tensor:
+        """(Y - X)^T X H^-1, (in_features, in_features)."""
+        return self._over_hessian(self._difference.T @ self._inputs)
+
+    def _over_hessian(self, product: torch.Tensor) -> torch.Tensor:
+        """Return product H^-1, (n, in_features)."""
+        return torch.cholesky_solve(product.T.flip(0), self._lower).flip(0).T
 
 
 def calibrated(
@@ -95,12 +126,12 @@ def calibrated(
     """
     # the weights of one input feature side by side
     base_weight, scale = base_weight.T.contiguous(), scale.T.contiguous()
-    change = (target + target @ inputs.correction).T - base_weight
-    rounded = error_feedback(base_weight + change, scale, inputs.inverse)
-    hessian_change = inputs.hessian @ change
-    gradient = inputs.hessian @ (rounded - base_weight) - hessian_change
+    change = (inputs.corrected(target).T - base_weight).contiguous()
+    rounded = error_feedback(base_weight + change, scale, inputs.factor)
+    gradient = inputs.hessian @ (rounded - base_weight - change)
     for _ in range(sweeps):
         descend(rounded, gradient, scale, inputs.hessian)
+    hessian_change = inputs.hessian @ change
     whole = (change * hessian_change).sum(0).clamp_min(torch.finfo(hessian_change.dtype).tiny)
     gain = torch.ones_like(whole)
     for _ in range(gain_sweeps):
@@ -112,30 +143,28 @@ def calibrated(
     return rounded.T.contiguous()
 
 
-def error_feedback(target: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Round one input feature after the other. Add the error of each to the features not yet rounded.
+def error_feedback(target: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Round one input feature after the other. Each makes up for the errors of those before it.
+
+    With H = U U^T, the squared distance is the sum over features i of the squares of
+    U_ii (Q - T)_i + sum_(j < i) U_ji (Q - T)_j. Each feature in turn makes its own square least. The result is GPTQ's,
+    which works on the inverse of H.
 
     Args:
-        target: (in_features, out_features).
+        target: T, (in_features, out_features).
         scale: scale of each element, > 0, (in_features, out_features).
-        inverse: inverse of the damped Hessian, (in_features, in_features).
+        factor: U, upper triangular, (in_features, in_features).
 
     Returns:
-        Values on the grid of `scale`, (in_features, out_features).
+        Q, values on the grid of `scale`, (in_features, out_features).
 
     Source: Frantar et al. 2022, "GPTQ", algorithm 1 (arXiv:2210.17323).
     """
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    rest, rounded = target.clone(), torch.empty_like(target)
-    for start in range(0, len(target), BLOCK):
-        stop = min(start + BLOCK, len(target))
-        errors = torch.empty_like(target[start:stop])
-        for feature in range(start, stop):
-            rounded[feature] = nearest(rest[feature], scale[feature])
-            error = (rest[feature] - rounded[feature]) / factor[feature, feature]
-            rest[feature + 1 : stop].addr_(factor[feature, feature + 1 : stop], error, alpha=-1)
-            errors[feature - start] = error
-        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    carried = (factor / factor.diagonal()).T
+    best, rounded = target.clone(), torch.empty_like(target)
+    for block in _slices(len(target), BLOCK):
+        rounded[block] = _round_in_turn(best[block], target[block], scale[block], carried[block, block])
+        best[block.stop :].addmm_(carried[block.stop :, block], rounded[block] - target[block], alpha=-1)
     return rounded
 
 
@@ -150,12 +179,41 @@ def descend(rounded: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, 
         scale: scale of each element, > 0, (in_features, out_features).
         hessian: damped Hessian H, (in_features, in_features).
     """
-    for start in range(0, len(rounded), BLOCK):
-        stop = min(start + BLOCK, len(rounded))
-        local, unmoved = gradient[start:stop].clone(), rounded[start:stop].clone()
-        for feature in range(start, stop):
-            best = rounded[feature] - local[feature - start] / hessian[feature, feature]
-            move = nearest(best, scale[feature]) - rounded[feature]
-            rounded[feature] += move
-            local[feature + 1 - start :].addr_(hessian[feature + 1 : stop, feature], move)
-        gradient.addmm_(hessian[:, start:stop], rounded[start:stop] - unmoved)
+    diagonal = hessian.diagonal()[:, None]
+    for block in _slices(len(rounded), BLOCK):
+        best = rounded[block] - gradient[block] / diagonal[block]
+        moved = _round_in_turn(best, rounded[block], scale[block], hessian[block, block] / diagonal[block])
+        gradient.addmm_(hessian[:, block], moved - rounded[block])
+        rounded[block] = moved
+
+
+def _round_in_turn(
+    best: torch.Tensor, origin: torch.Tensor, scale: torch.Tensor, carried: torch.Tensor
+) -> torch.Tensor:
+    """Round the features of a block one after the other.
+
+    Args:
+        best: best value of each feature while the features of the block are at their origin, (n, out_features); it is
+            overwritten.
+        origin: (n, out_features).
+        scale: scale of each element, > 0, (n, out_features).
+        carried: [i, j] is the share of the move of feature j that is taken from the best value of a later feature i,
+            (n, n).
+
+    Returns:
+        Values on the grid of `scale`, (n, out_features).
+    """
+    rounded = torch.empty_like(best)
+    for part in _slices(len(best), INNER_BLOCK):
+        for feature in range(part.start, part.stop):
+            rounded[feature] = nearest(best[feature], scale[feature])
+            later = slice(feature + 1, part.stop)
+            best[later].addr_(carried[later, feature], rounded[feature] - origin[feature], alpha=-1)
+        best[part.stop :].addmm_(carried[part.stop :, part], rounded[part] - origin[part], alpha=-1)
+    return rounded
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    """Yield slices of at most `size` that cover n features."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))

@@ -4,10 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from raylora.evaluate.generate import Answers, generate
+from raylora.base.load import load_base_model
+from raylora.config.schema import BaseModelSection
+from raylora.evaluate import dense
+from raylora.evaluate import generate as generation
+from raylora.evaluate.dense import dense_copies
+from raylora.evaluate.generate import Answers, generate, prompts_at_once
 from raylora.evaluate.scores import agreement, bleu_p_value, score, score_calls
+from raylora.training.memory import MIB
 
 
 def test_exact_match_takes_any_reference_and_trims() -> None:
@@ -82,6 +88,64 @@ def test_generation_stops_at_every_stop_token(tiny_model: Path) -> None:
     (ids,) = generate(model, tokenizer, prompts, stop_token_ids=[1], max_new_tokens=6, batch_size=1).token_ids
     (cut,) = generate(model, tokenizer, prompts, stop_token_ids=[1, ids[3]], max_new_tokens=6, batch_size=1).token_ids
     assert cut == ids[: ids.index(ids[3])]
+
+
+@pytest.fixture
+def quantized(tiny_model: Path, tmp_path: Path) -> PreTrainedModel:
+    return load_base_model(BaseModelSection(name=str(tiny_model)), tmp_path, "cpu")
+
+
+def n_dense(model: PreTrainedModel) -> int:
+    return sum("forward" in vars(module) for module in model.modules())
+
+
+def test_dense_copies_of_4_bit_layers_answer_to_the_bit(
+    quantized: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    input_ids = torch.tensor([[3, 4, 5, 6]])
+    expected = quantized(input_ids).logits
+    with dense_copies(quantized):
+        assert n_dense(quantized) == 14
+        assert torch.equal(quantized(input_ids).logits, expected)
+    assert n_dense(quantized) == 0
+    # a share of 0.5 of this is room for two layers of 64 x 64, in float32
+    monkeypatch.setattr(dense, "free_memory_mib", lambda device: 4 * 64 * 64 * 4 / MIB)
+    with dense_copies(quantized):
+        assert 0 < n_dense(quantized) < 14
+        assert torch.equal(quantized(input_ids).logits, expected)
+
+
+def test_generation_takes_fewer_prompts_at_once_where_memory_is_short(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, pad_token="</s>")
+    prompts = [tokenizer(text).input_ids for text in ("say", "say the number again", "the word", "one", "two")]
+    options = {"stop_token_ids": [1], "max_new_tokens": 6, "batch_size": "auto"}
+    expected = generate(model, tokenizer, prompts, **options)
+    whole = model.generate
+    sizes: list[int] = []
+
+    def short(input_ids: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("made up")
+        return whole(input_ids=input_ids, **others)
+
+    monkeypatch.setattr(model, "generate", short)
+    assert generate(model, tokenizer, prompts, **options).token_ids == expected.token_ids
+    assert sizes == [5, 2, 2, 1]
+
+
+def test_prompts_at_once_fill_a_quarter_of_the_free_memory(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = model.config
+    # a key and a value of each layer, in float32
+    prompt = 2 * config.num_hidden_layers * config.num_key_value_heads * 100 * 4 * 16
+    assert config.hidden_size // config.num_attention_heads == 16
+    for n, expected in ((5, 5), (0.5, 1), (1000, 64)):
+        monkeypatch.setattr(generation, "free_memory_mib", lambda device, n=n: 4 * n * prompt / MIB)
+        assert prompts_at_once(model, 100) == expected
 
 
 def test_tool_calls_are_scored_where_they_are_expected() -> None:

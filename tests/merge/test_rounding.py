@@ -53,7 +53,7 @@ def test_descent_never_makes_the_outputs_worse(layer: tuple[torch.Tensor, torch.
     weight, scale, inputs = layer
     target = (weight + 0.02 * torch.randn(32, 64)).T.contiguous()
     statistics, scale = CalibrationInputs(inputs, inputs), scale.T.contiguous()
-    rounded = error_feedback(target, scale, statistics.inverse)
+    rounded = error_feedback(target, scale, statistics.factor)
     gradient = statistics.hessian @ (rounded - target)
 
     def objective() -> float:
