@@ -45,7 +45,6 @@ def main() -> None:
         dtype_bytes=dtype.itemsize,
         nf4=True,
         double_quant=True,
-        gradient_checkpointing=False,
     )
     per_trial = (by_trials[-1] - by_trials[0]) / (TRIALS[-1] - TRIALS[0])
     per_token = (by_tokens[-1] - by_tokens[0]) / (TOKENS[-1] - TOKENS[0])

@@ -30,6 +30,7 @@ from raylora.run.metrics import RungMetrics
 from raylora.testing import make_tiny_model
 from raylora.training.memory import tokens_per_pass
 from raylora.training.packed.engine import PackedEngine
+from raylora.training.packed.forward import has_grouped_products
 from raylora.training.trl import TrlEngine
 
 LENGTH = 64
@@ -155,15 +156,19 @@ def packed(engine: TrlEngine, tokens: int | None = None) -> PackedEngine:
         engine.training,
         tokens_per_pass=tokens or tokens_per_pass(SearchSection(), on_gpu=on_gpu),
         autocast=dtype if dtype != torch.float32 else None,
-        grouped=on_gpu,
+        grouped=dtype == torch.bfloat16 and has_grouped_products(engine.model.device),
     )
 
 
-def packed_seconds(engine: TrlEngine, trial: Assignment, n: int, folder: Path) -> tuple[float, float]:
-    """Of one step of n trials, and peak memory in MiB."""
+def packed_seconds(
+    engine: TrlEngine, trial: Assignment, n: int, folder: Path, ranks: list[int] | None = None
+) -> tuple[float, float]:
+    """Of one step of n trials, and peak memory in MiB. `ranks` gives each trial a rank of its own."""
     pack = packed(engine)
     for number in range(n):
-        pack.add(number, trial.model_copy(update={"seed": number}), rungs=[10**6], directory=folder)
+        r = ranks[number] if ranks else trial.r
+        changes = {"seed": number, "r": r, "lora_alpha": r if ranks else trial.lora_alpha}
+        pack.add(number, trial.model_copy(update=changes), rungs=[10**6], directory=folder)
     for _ in range(WARM_UP):
         pack.step()
     _synchronize()

@@ -1,0 +1,23 @@
+"""The measurement for GPUs runs from end to end, on a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+
+STAGES = ("env", "check", "products", "exact", "speed_smollm2", "kernels", "article")
+"""Those that have code of their own."""
+
+
+def test_each_stage_of_the_gpu_benchmark_runs(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "--dry", "--here", "--only", *STAGES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    notes = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {note["stage"] for note in notes} == set(STAGES)
+    assert [note["passed"] for note in notes if "passed" in note] == [True, True]
+    # float32 on a CPU: packed and TRL agree to rounding, and a trial does not see its company
+    assert all(note["relative"] < 1e-4 for note in notes if "relative" in note)
+    assert all(note["beside_nan_bit_equal"] for note in notes if "ranks" in note and note["stage"] == "exact")
