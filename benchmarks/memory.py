@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import tempfile
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -17,7 +18,14 @@ from raylora.base.architecture import Architecture
 from raylora.base.load import compute_dtype
 from raylora.config.schema import BaseModelSection
 from raylora.quiet import quiet_libraries
-from raylora.training.memory import MIB, adapter_parameters, estimate_memory, peak_memory_mib, reset_peak_memory
+from raylora.training.memory import (
+    MIB,
+    Fit,
+    adapter_parameters,
+    estimate_memory,
+    peak_memory_mib,
+    reset_peak_memory,
+)
 from raylora.training.trl import TrlEngine
 
 TOKENS = (128, 256, 512)
@@ -32,6 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         engine = load(arguments.model, Path(folder), device)
         by_tokens = [peak(engine, n_trials=1, tokens=tokens) for tokens in TOKENS]
+        recomputed = [peak(engine, n_trials=1, tokens=tokens, checkpointing=True) for tokens in TOKENS]
         by_trials = [peak(engine, n_trials=n, tokens=LENGTH) for n in TRIALS]
         architecture = Architecture.of_config(engine.model.config)
     dtype = compute_dtype(BaseModelSection(name=""), device)
@@ -47,7 +56,6 @@ def main() -> None:
         double_quant=True,
     )
     per_trial = (by_trials[-1] - by_trials[0]) / (TRIALS[-1] - TRIALS[0])
-    per_token = (by_tokens[-1] - by_tokens[0]) / (TOKENS[-1] - TOKENS[0])
     result = {
         "date": date.today().isoformat(),
         "machine": torch.cuda.get_device_name() if device != "cpu" else "cpu",
@@ -55,8 +63,15 @@ def main() -> None:
         "r": R,
         "peak_mib_by_tokens_per_pass": dict(zip(TOKENS, by_tokens, strict=True)),
         "peak_mib_by_trials": dict(zip(TRIALS, by_trials, strict=True)),
-        "mib_per_token": per_token,
-        "mib_per_token_estimated": estimate.token_mib,
+        "mib_of_added_tokens": {
+            name: {
+                "tokens": TOKENS[-1] - TOKENS[0],
+                "measured": peaks[-1] - peaks[0],
+                "estimated": estimate.total_mib(Fit(1, TOKENS[-1], checkpointing))
+                - estimate.total_mib(Fit(1, TOKENS[0], checkpointing)),
+            }
+            for name, peaks, checkpointing in (("kept", by_tokens, False), ("recomputed", recomputed, True))
+        },
         "mib_per_added_trial": per_trial,
         "mib_per_added_trial_floor": 16 * parameters / MIB,
         "added_trial_over_floor": per_trial / (16 * parameters / MIB),
@@ -65,12 +80,13 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def peak(engine: TrlEngine, *, n_trials: int, tokens: int) -> float:
+def peak(engine: TrlEngine, *, n_trials: int, tokens: int, checkpointing: bool = False) -> float:
     """MiB at most in two steps of so many trials, each with a pass of its own of so many tokens."""
     gc.collect()
     if engine.model.device.type == "cpu":
         ctypes.CDLL(None).malloc_trim(0)  # resident memory would count what glibc keeps of the measurement before
-    pack = packed(engine, tokens=1)
+    training = engine.training.model_copy(update={"gradient_checkpointing": checkpointing})
+    pack = packed(replace(engine, training=training), tokens=1)
     reset_peak_memory()
     trial = TRIAL.model_copy(update={"r": R, "per_device_train_batch_size": tokens // LENGTH})
     for number in range(n_trials):

@@ -92,8 +92,9 @@ def nearest_code(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def nearest(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Round each value to the nearest point of the grid. Arguments are those of `nearest_code`."""
     codes = nearest_code(values, scale)
-    # on a CPU, five times as fast as an index in brackets
-    return levels(values.device).index_select(0, codes.flatten()).view(codes.shape) * scale
+    if codes.dim() == 1:  # on a CPU, four times as fast as brackets
+        return levels(values.device).index_select(0, codes) * scale
+    return levels(values.device)[codes] * scale
 
 
 def to_tensors(name: str, weight: Params4bit) -> dict[str, torch.Tensor]:

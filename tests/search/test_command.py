@@ -125,9 +125,12 @@ def test_one_command_goes_from_rows_to_a_checked_merged_model(
         assert part in card
 
 
+QUICK_END = ("--merge.formats", "[nf4]", "--merge.strategy", "stochastic", "--evaluation.max_new_tokens", 1)
+"""Settings of tests that ask about the search alone."""
+
 # steps enough that a search can be caught in the middle
 MANY_STEPS = ("--search.n_trials", 8, "--search.scheduler", "none", "--training.max_steps", 200)
-MANY_STEPS += ("--search.trials_per_gpu", 2)
+MANY_STEPS += ("--search.trials_per_gpu", 2, *QUICK_END)
 
 
 def end(how: signal.Signals, space_file: Path, run: RunDirectory) -> tuple[int, str]:
@@ -175,7 +178,7 @@ def test_a_killed_search_is_resumed_though_it_was_moved_and_its_cache_is_gone(sp
 @pytest.mark.ray
 def test_the_same_seed_gives_the_same_search_to_the_last_digit(space_file: Path, tmp_path: Path) -> None:
     def search(name: str) -> list[dict]:
-        code, output = finish(command(space_file, "--output", tmp_path / name, "--search.n_trials", 9))
+        code, output = finish(command(space_file, "--output", tmp_path / name, "--search.n_trials", 9, *QUICK_END))
         assert code == 0, output
         trials = pyarrow.parquet.read_table(RunDirectory(tmp_path / name).trials_file).to_pylist()
         measured = ("seconds", "_at", "peak_memory_mib", "tokens_per_second")
@@ -210,6 +213,7 @@ def test_a_search_uses_both_nodes_of_a_cluster(space_file: Path, tmp_path: Path)
             "none",
             "--training.max_steps",
             400,  # the first lane must not be done before the second is up
+            *QUICK_END,
             RAY_ADDRESS=cluster.address,
         )
         code, output = finish(process)
