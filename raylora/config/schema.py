@@ -238,7 +238,8 @@ class MergeSection(Section):
     comparison. The merge writes the model nearest to the adapter's predictions among those within the tolerance."""
 
     tolerance: float = Field(0.02, ge=0)
-    """Largest accepted rise of the validation loss over the unmerged adapter's, as a share of it."""
+    """Largest accepted rise of the validation loss over the unmerged adapter's, as a share of it; .001 nats per token
+    are accepted whatever share they are, unless it is 0."""
 
     calibration_tokens: int = Field(4096, ge=64)
     """Largest number of training tokens for the strategy `calibrated`."""

@@ -8,6 +8,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ from raylora.merge.gate import check_tolerance
 from raylora.merge.job import MergeJob
 from raylora.merge.rounding import CalibrationInputs
 from raylora.merge.run import merge_run, save_best_adapter
-from raylora.merge.select import merge_adapter, open_reader
+from raylora.merge.select import accepted_increase, merge_adapter, open_reader
 from raylora.report.merge_tables import merge_rows, verdict
 from raylora.run.atomic import PREFIX, read_json
 from raylora.run.directory import RunDirectory
@@ -308,6 +309,14 @@ def test_over_the_tolerance_the_lowest_loss_is_chosen(make_job: Callable[..., Me
     assert not result["passed"]
     losses = {name: result["models"][name]["eval_loss"] for name in LAYERED}
     assert losses[result["strategy"]] == min(losses.values())
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "eval_loss", "expected"), [(0.02, 1.0, 0.02), (0.02, 0.01, 0.1), (0.02, 0.0, 1.0), (0.0, 0.01, 0.0)]
+)
+def test_a_rise_that_is_small_in_nats_is_accepted(tolerance: float, eval_loss: float, expected: float) -> None:
+    evaluator = SimpleNamespace(models={"adapter": {"eval_loss": eval_loss}})
+    assert accepted_increase(tolerance, evaluator) == pytest.approx(expected)  # type: ignore[arg-type]
 
 
 def test_a_merge_over_the_tolerance_fails_with_the_cure(make_job: Callable[..., MergeJob]) -> None:

@@ -4,11 +4,12 @@ The rows are those of the training data, so that a sliding window or a change of
 have. Where the check fails, `raylora.training.choose` falls back to TRL.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -166,7 +167,10 @@ def _check_loss(found: float, expected: float, what: str, dtype: torch.dtype) ->
 
 def _nll(model: nn.Module, row: Tensor, last: int) -> Tensor:
     """Return the negative log-likelihood of the last tokens of a row by the model's own forward pass, in nats."""
-    logits = model(input_ids=row[None].to(model.device), use_cache=False).logits[0, :-1][-last:]
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    takes_count = "logits_to_keep" in inspect.signature(base.forward).parameters
+    fewer = {"logits_to_keep": last + 1} if takes_count else {}  # all logits of a long row could exceed the memory
+    logits = model(input_ids=row[None].to(model.device), use_cache=False, **fewer).logits[0, :-1][-last:]
     return cross_entropy(logits.float(), row[1:][-last:].to(logits.device), reduction="sum")
 
 
