@@ -49,7 +49,8 @@ from raylora.training.memory import (
 )
 from raylora.training.packed.adapter import Adapter
 from raylora.training.packed.engine import RANK_MULTIPLE, PackedEngine
-from raylora.training.packed.forward import Pack, has_grouped_products
+from raylora.training.packed.forward import Pack
+from raylora.training.packed.group import has_grouped_products
 from raylora.training.packed.layout import MicroBatch
 from raylora.training.packed.verify import check_pack, measure_reference
 from raylora.training.trl import TrlEngine
@@ -103,7 +104,7 @@ def note(output: Path, stage: str, **facts: Any) -> None:
 
 
 class Bench:
-    """What the stages have in common.
+    """Device, bases and clocks of the stages.
 
     Args:
         output: folder of the results.

@@ -30,7 +30,7 @@ from raylora.run.metrics import RungMetrics
 from raylora.testing import make_tiny_model
 from raylora.training.memory import tokens_per_pass
 from raylora.training.packed.engine import PackedEngine
-from raylora.training.packed.forward import has_grouped_products
+from raylora.training.packed.group import has_grouped_products
 from raylora.training.trl import TrlEngine
 
 LENGTH = 64
@@ -163,7 +163,7 @@ def packed(engine: TrlEngine, tokens: int | None = None) -> PackedEngine:
 def packed_seconds(
     engine: TrlEngine, trial: Assignment, n: int, folder: Path, ranks: list[int] | None = None
 ) -> tuple[float, float]:
-    """Of one step of n trials, and peak memory in MiB. `ranks` gives each trial a rank of its own."""
+    """Return the seconds of one step of n trials, and the peak memory in MiB. `ranks` gives each trial its rank."""
     pack = packed(engine)
     for number in range(n):
         r = ranks[number] if ranks else trial.r

@@ -66,7 +66,7 @@ def check_gpu() -> Finding:
     """Check that torch can use the GPU, if there is one. A search needs none."""
     import torch  # noqa: PLC0415
 
-    from raylora.training.packed.forward import has_grouped_products  # noqa: PLC0415
+    from raylora.training.packed.group import has_grouped_products  # noqa: PLC0415
 
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

@@ -8,7 +8,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
 STAGES = ("env", "check", "products", "exact", "speed_smollm2", "kernels", "article")
-"""Those that have code of their own."""
+"""Stages that have code of their own."""
 
 
 def test_each_stage_of_the_gpu_benchmark_runs(tmp_path: Path) -> None:

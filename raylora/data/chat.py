@@ -6,12 +6,11 @@ with the earlier one begins that with the later one. Otherwise each has a sequen
 reasoning out of earlier answers, and gpt-oss's ends them in another token.
 """
 
-import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raylora.data.chat_checks import check_answer, check_context, check_support
 from raylora.data.chat_template import TEMPLATE_ERRORS, USER, ChatTemplate, common_prefix
 from raylora.data.examples import Conversation
 from raylora.data.messages import Message
@@ -70,7 +69,7 @@ def encode_chat(
     kwargs = {**template_kwargs, **conversation.template_kwargs}
     messages = _adapted(conversation, template)
     tools = list(conversation.tools) or None
-    _check_support(conversation.source, messages, tools, template)
+    check_support(conversation.source, messages, tools, template)
     sequences: list[ChatSequence] = []
     for index, is_trained in enumerate(conversation.trained):
         if not is_trained:
@@ -93,7 +92,7 @@ def encode_chat(
             turn.closing_tokens |= before.closing_tokens
         sequences.append(turn)
     context = {number: message for number, message in enumerate(messages, 1) if not conversation.trained[number - 1]}
-    _check_context(conversation.source, context, conversation.tools, sequences[-1].text)
+    check_context(conversation.source, context, conversation.tools, sequences[-1].text)
     return sequences
 
 
@@ -159,7 +158,7 @@ def _encode_turn(
         if template.has_control_tokens(messages[-1]):
             raise DataError("the answer joins with the generation prompt and holds control tokens; strip white space")
         whole, start = _parted(prompt, answer, whole, template), len(prompt)
-    _check_answer(messages[-1], answer)
+    check_answer(messages[-1], answer)
     closing = template.end_of_answer(answer, whole[start:], [*messages, following], **options)
     if closing is None:
         raise DataError(
@@ -209,103 +208,3 @@ def _parted(prompt: list[int], answer: str, whole: list[int], template: ChatTemp
     if template.tokenizer.decode(parted) != template.tokenizer.decode(whole):
         raise DataError("the answer's first characters join with the generation prompt to one token; strip white space")
     return parted
-
-
-# Nothing that a row says may be missing from what the model reads.
-
-
-def _check_support(
-    source: str, messages: list[Message], tools: list[dict[str, Any]] | None, template: ChatTemplate
-) -> None:
-    """Check that the template reads the tools and tool calls that a conversation has, and can write their keys."""
-    calls = [call for message in messages for call in message.get("tool_calls", [])]
-    for name, value in (("tools", tools), ("tool_calls", calls)):
-        if value and not template.names(name):
-            raise DataError(
-                f"{source} has `{name}`, which the chat template does not write; use a base whose template knows "
-                "tools, or name such a template by data.chat_template"
-            )
-        if key := template.key_with_control_tokens(value):
-            raise DataError(f"{source}: the key {key!r} of `{name}` has a control token in it")
-
-
-def _check_answer(message: Message, answer: str) -> None:
-    """Check that the whole of an assistant's message is in the answer."""
-    pieces = {"content": [message["content"]], "reasoning_content": [message.get("reasoning_content", "")]}
-    pieces |= {f"tool call {number}": _of_call(call) for number, call in enumerate(message.get("tool_calls", []), 1)}
-    pieces["name"] = [message.get("name", "")]
-    if dropped := _dropped(pieces, answer):
-        raise DataError(f"the chat template drops {dropped} of this answer, or a part of it")
-
-
-def _check_context(source: str, messages: dict[int, Message], tools: tuple[dict[str, Any], ...], text: str) -> None:
-    """Check that the messages without loss and the tools are in the text of the conversation."""
-    pieces: dict[str, list[Any]] = {}
-    for number, message in messages.items():
-        what = f"of message {number} (role {message['role']})"
-        pieces[f"the content {what}"] = [message["content"]]
-        pieces[f"the tool calls {what}"] = [leaf for call in message.get("tool_calls", []) for leaf in _of_call(call)]
-        if message["role"] != "tool":  # a tool's name is that of its call
-            pieces[f"the name {message.get('name')!r} {what}"] = [message.get("name", "")]
-    for tool in tools:
-        function = tool["function"]
-        parameters = function.get("parameters", {})
-        names = parameters.get("properties") or (parameters if "type" not in parameters else {})
-        pieces[f"the tool {function['name']} of `tools`"] = [function["name"], function.get("description", ""), *names]
-    if dropped := _dropped(pieces, text):
-        raise DataError(f"{source}: the chat template drops {dropped}")
-
-
-def _of_call(call: dict[str, Any]) -> list[Any]:
-    """Return the name of a tool call, and the keys and single values of its arguments."""
-    return [call["function"]["name"], *_leaves(call["function"]["arguments"])]
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield keys and single values of arguments."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
-
-
-def _dropped(pieces: dict[str, list[Any]], text: str) -> str | None:
-    """Return the name of the first piece that a template has not written; None if it has written all.
-
-    A short piece may be within another one, and must then be there once more.
-
-    Args:
-        pieces: name -> texts, numbers, booleans or None.
-        text: what the template has written.
-    """
-    written = _squeezed(text)
-    plain = [_squeezed(_as_text(value)) for values in pieces.values() for value in values]
-    for name, values in pieces.items():
-        for value in values:
-            needed = _squeezed(_as_text(value))
-            times = sum(other.count(needed) for other in plain) if needed else 0
-            if sum(written.count(form) for form in _forms(value)) < times:
-                return name
-    return None
-
-
-def _as_text(value: Any) -> str:
-    """Return a text as it is, and any other value as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _forms(value: Any) -> set[str]:
-    """Return the forms in which templates write a value, as text or as JSON, without white space."""
-    as_json = {json.dumps(value), json.dumps(value, ensure_ascii=False)}
-    forms = {str(value), *({form[1:-1] for form in as_json} if isinstance(value, str) else as_json)}
-    return {_squeezed(form) for form in forms}
-
-
-def _squeezed(text: str) -> str:
-    """Return text without white space, which templates trim and add."""
-    return re.sub(r"\s", "", text)

@@ -1,6 +1,7 @@
 """Chooses the engine of a lane: the packed engine if it can train this model, else TRL, one trial at a time."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ from raylora.data.rows import TokenRows, load_part
 from raylora.errors import PackingError
 from raylora.training.memory import Fit, MemoryEstimate, free_memory_mib, tokens_per_pass
 from raylora.training.packed.engine import RANK_MULTIPLE, PackedEngine
-from raylora.training.packed.forward import has_grouped_products
+from raylora.training.packed.group import has_grouped_products
 from raylora.training.packed.verify import check_pack, measure_reference
 from raylora.training.trl import TrlEngine
 
@@ -43,15 +44,16 @@ def load_engine(
         PackingError: the config demands the packed engine, which cannot train this model.
         BaseModelError: the base cannot be found or loaded.
     """
-    data = [TokenRows(load_part(tokens_dir, part)) for part in ("train", "validation")]
+    options: dict[str, Any] = {"tokens_dir": tokens_dir, "slots": slots, "memory": memory}
+    if config.search.engine == "packed":
+        return load_packed(config, cache_dir=cache_dir, device=device, **options)
     model = load_base_model(config.base_model, cache_dir, device)
     reason = None
-    if config.search.engine != "trl":
+    if config.search.engine == "auto":
         try:
-            return _pack(config, model, *data, slots=slots, memory=memory)
+            _check_settings(config)
+            return _pack(config, model, **options)
         except PackingError as error:
-            if config.search.engine == "packed":
-                raise
             reason = str(error)
     fit = _fit(config, model.device, memory, slots=1, tokens=memory.micro_batch_tokens)
     training = config.training.model_copy(update={"gradient_checkpointing": fit.checkpointing})
@@ -82,25 +84,20 @@ def load_packed(
         PackingError: the settings or the model cannot be packed.
         BaseModelError: the base cannot be found or loaded.
     """
-    data = [TokenRows(load_part(tokens_dir, part)) for part in ("train", "validation")]
-    return _pack(config, load_base_model(config.base_model, cache_dir, device), *data, slots=slots, memory=memory)
+    _check_settings(config)
+    model = load_base_model(config.base_model, cache_dir, device)
+    return _pack(config, model, tokens_dir=tokens_dir, slots=slots, memory=memory)
 
 
 def _pack(
-    config: SearchConfig,
-    model: PreTrainedModel,
-    train: TokenRows,
-    validation: TokenRows,
-    *,
-    slots: int,
-    memory: MemoryEstimate | None,
+    config: SearchConfig, model: PreTrainedModel, *, tokens_dir: Path, slots: int, memory: MemoryEstimate | None
 ) -> PackedEngine:
     """Return the packed engine on a loaded base, checked against the model itself and against peft.
 
     Raises:
-        PackingError: the settings or the model cannot be packed. The model is left as it was.
+        PackingError: the model cannot be packed. It is left as it was.
     """
-    _check_settings(config)
+    train, validation = (TokenRows(load_part(tokens_dir, part)) for part in ("train", "validation"))
     device, on_gpu = model.device, model.device.type != "cpu"
     dtype = compute_dtype(config.base_model, str(device))
     autocast = dtype if dtype != torch.float32 else None

@@ -50,7 +50,6 @@ estimate ends a process.
 TOKENS_PER_PASS = {"gpu": 4096, "cpu": 512}
 """Tokens of a pass at which arithmetic becomes the limit, so that more tokens do not raise the throughput."""
 
-
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 """Errors of a device, or of this machine, that lacks memory."""
 
@@ -142,11 +141,12 @@ class MemoryEstimate:
         return plain if is_enough else self._fit(free_mib, slots, tokens, True)
 
     def _fit(self, free_mib: float, slots: int, tokens: int, checkpointing: bool) -> Fit:
-        usable = 0.9 * free_mib
-        while tokens > self.micro_batch_tokens and self._pass_mib(tokens, checkpointing) > usable / 2:
-            tokens = max(self.micro_batch_tokens, int(0.95 * tokens))
+        usable, per_token = 0.9 * free_mib, self.checkpointed_token_mib if checkpointing else self.token_mib
+        # half of it, with the logits of all positions or of a chunk
+        fitting = max(usable / 2 / (per_token + self.logits_mib), (usable / 2 - CHUNK * self.logits_mib) / per_token)
+        tokens = max(self.micro_batch_tokens, min(tokens, int(fitting)))
         left = usable - self._pass_mib(tokens, checkpointing)
-        return Fit(max(1, min(slots, int(left / self.trial_mib))), max(tokens, self.micro_batch_tokens), checkpointing)
+        return Fit(max(1, min(slots, int(left / self.trial_mib))), tokens, checkpointing)
 
     def _fits(self, fit: Fit, free_mib: float) -> bool:
         """Return True if a pack fits, which one of a single trial and micro-batch may not."""

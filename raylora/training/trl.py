@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -23,6 +23,7 @@ from raylora.config.schema import SearchConfig, TrainingSection
 from raylora.data.rows import load_part
 from raylora.errors import TrialError
 from raylora.run.metrics import RungMetrics
+from raylora.training.adapted import adapted
 from raylora.training.losses import eval_loss, validated_rows
 from raylora.training.memory import peak_memory_mib, reset_peak_memory
 
@@ -134,20 +135,18 @@ class TrlEngine:
             use_rslora=assignment.use_rslora,
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(self.model, config)
-        # With a name here, each checkpoint asks the Hub for that model's config (peft 0.21). `raylora.merge.run` writes
-        # the name into the best adapter.
-        model.peft_config["default"].base_model_name_or_path = ""
+        model: PeftModel | None = None
         try:
-            yield model
+            with adapted(self.model, config) as model:
+                # With a name here, each checkpoint asks the Hub for that model's config (peft 0.21).
+                # `raylora.merge.run` writes the name into the best adapter.
+                model.peft_config["default"].base_model_name_or_path = ""
+                yield model
         finally:
-            model.unload()
             # SFTTrainer wraps the base's forward (TRL 1.16, add_fused_lm_head). Each trial would add a wrapper.
             self.model.__dict__.pop("forward", None)
-            self.model.__dict__.pop("peft_config", None)
             self.model.gradient_checkpointing_disable()
-            self.model.requires_grad_(False)
-            del model
+            model = None  # else the collection would leave it
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

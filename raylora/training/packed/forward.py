@@ -29,16 +29,8 @@ from raylora.base.onednn import fast_products
 from raylora.errors import PackingError
 from raylora.training.memory import CHUNK
 from raylora.training.packed.adapter import Shapes
-from raylora.training.packed.layout import Group, Layout, MicroBatch
-
-
-def has_grouped_products(device: torch.device) -> bool:
-    """Return True if a device takes the products of several adapters in one call.
-
-    `grouped_mm` has a kernel for bfloat16 on compute capability 9 and 10 (H100, H200, B200). Elsewhere it copies sizes
-    to the host in every call, and waits for them (torch 2.11 to 2.13, `GroupedMMUtils.h`).
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+from raylora.training.packed.group import Group
+from raylora.training.packed.layout import Layout, MicroBatch
 
 
 class Pack:

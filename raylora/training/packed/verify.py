@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from raylora.base.architecture import Architecture
 from raylora.data.rows import IGNORE, TokenRows
 from raylora.errors import PackingError
+from raylora.training.adapted import adapted
 from raylora.training.packed.adapter import Adapter
 from raylora.training.packed.forward import Pack
 from raylora.training.packed.layout import MicroBatch
@@ -187,8 +188,7 @@ def _by_peft(
     """Return the negative log-likelihood of a row, and its gradients, by peft's own layers."""
     targets = architecture.targets("all-linear")
     settings = LoraConfig(r=adapter.r, lora_alpha=adapter.scaling * adapter.r, target_modules=targets)
-    peft_model = get_peft_model(model, settings)
-    try:
+    with adapted(model, settings) as peft_model:
         factors = {
             f"base_model.model.{name}.lora_{kind}.weight": getattr(model.get_submodule(name), f"lora_{kind}")["default"]
             for name in architecture.shapes
@@ -199,10 +199,6 @@ def _by_peft(
         nll = _nll(peft_model, row, len(row))
         nll.backward()
         return float(nll.detach()), {name: factor.weight.grad for name, factor in factors.items()}
-    finally:
-        peft_model.unload()
-        model.__dict__.pop("peft_config", None)
-        model.requires_grad_(False)
 
 
 def _rows_stay_apart(pack: Pack, first: Tensor, second: Tensor, *, tolerance: float) -> bool:
