@@ -1,11 +1,15 @@
 """Fixtures: a tiny random model, rows, and configs that use them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before raylora imports Triton: its kernels run in NumPy
 
 from raylora.config.load import build_config
 from raylora.config.schema import SearchConfig

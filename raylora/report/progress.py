@@ -38,6 +38,8 @@ class Progress:
         match event:
             case LaneUp() if event.facts.get("reason"):
                 self.note(f"lane {event.lane} trains one trial at a time, with TRL: {event.facts['reason']}")
+            case LaneUp() if event.facts.get("notes"):
+                self.note(f"lane {event.lane}: {'; '.join(event.facts['notes'])}")
             case LaneLost():
                 self.note(f"lane {event.lane}: {event.reason}" + ("" if event.for_good else "; it is up again"))
             case Reported() if not self._live:

@@ -13,8 +13,9 @@ from raylora.data.rows import TokenRows, load_part
 from raylora.errors import PackingError
 from raylora.training.memory import Fit, MemoryEstimate, free_memory_mib, tokens_per_pass
 from raylora.training.packed.engine import RANK_MULTIPLE, PackedEngine
+from raylora.training.packed.fused import has_fused_products
 from raylora.training.packed.group import has_grouped_products
-from raylora.training.packed.verify import check_pack, measure_reference
+from raylora.training.packed.verify import Reference, check_kernels, check_pack, measure_reference
 from raylora.training.trl import TrlEngine
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
@@ -118,13 +119,31 @@ def _pack(
         slots=fit.slots,
         autocast=autocast,
         grouped=grouped,
+        fused=config.search.fused_kernels and has_fused_products(device, dtype),
     )
     try:
-        check_pack(engine.pack, reference, dtype)
+        _check(engine, reference, dtype)
     except PackingError:
         engine.close()
         raise
     return engine
+
+
+def _check(engine: PackedEngine, reference: Reference, dtype: torch.dtype) -> None:
+    """Check an engine's pack. Where the fused kernels fail, it goes on with the products of torch, and says so.
+
+    Raises:
+        PackingError: the pack fails with these too.
+    """
+    if engine.pack.fused:
+        try:
+            check_pack(engine.pack, reference, dtype)
+            check_kernels(engine.pack, reference, dtype)
+            return
+        except PackingError as error:
+            engine.pack.fused = False
+            engine.notes.append(f"fused kernels are not used: {error}")
+    check_pack(engine.pack, reference, dtype)
 
 
 def _fit(config: SearchConfig, device: torch.device, memory: MemoryEstimate | None, *, slots: int, tokens: int) -> Fit:

@@ -85,6 +85,27 @@ def test_a_model_that_computes_something_else_in_a_pack_is_found_out(
     assert engine.reason == "packed, the gradient of an adapter of rank 8 differs from peft's by 100.0%"
 
 
+def test_kernels_that_fail_their_check_are_not_used_and_it_says_so(
+    make_config: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+
+    def fails(*args: object) -> None:
+        raise PackingError("the gradient of rank 8 differs")
+
+    monkeypatch.setattr(engines, "has_fused_products", lambda device, dtype: True)
+    monkeypatch.setattr(engines, "check_pack", lambda pack, *args: checked.append(pack.fused))
+    monkeypatch.setattr(engines, "check_kernels", lambda *args: None)
+    engine = load(make_config(), tmp_path)
+    assert isinstance(engine, PackedEngine) and engine.pack.fused and not engine.notes and checked == [True]
+    monkeypatch.setattr(engines, "check_kernels", fails)
+    engine = load(make_config(), tmp_path)
+    assert isinstance(engine, PackedEngine) and not engine.pack.fused and checked == [True, True, False]
+    assert engine.notes == ["fused kernels are not used: the gradient of rank 8 differs"]
+    engine = load(make_config(search={"fused_kernels": False}), tmp_path)
+    assert isinstance(engine, PackedEngine) and not engine.pack.fused and not engine.notes
+
+
 def test_attention_that_the_pack_has_not_is_left_to_trl(
     make_config: Callable[..., SearchConfig], tmp_path: Path
 ) -> None:

@@ -188,6 +188,7 @@ def _facts(settings: LaneSettings, engine: Engine | PackedEngine, seconds: float
     return {
         "engine": type(engine).__name__,
         "reason": getattr(engine, "reason", None),
+        "notes": getattr(engine, "notes", []),
         "slots": _slots(engine),
         "host": socket.gethostname(),
         "node": ray.get_runtime_context().get_node_id(),

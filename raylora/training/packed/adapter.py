@@ -37,7 +37,9 @@ class Adapter:
         rank_multiple: int = 1,
     ) -> None:
         self.r, self.scaling, self.dropout, self.seed = r, scaling, dropout, seed
-        rows = rank_multiple * math.ceil(r / rank_multiple)
+        self.padded_r = rows = rank_multiple * math.ceil(r / rank_multiple)
+        """Rank in memory."""
+
         self.sizes = (
             {name: (rows, in_features) for name, (in_features, _) in shapes.items()},
             {name: (out_features, rows) for name, (_, out_features) in shapes.items()},
@@ -57,6 +59,7 @@ class Adapter:
         self.lora_B = {name: view.data[:, :r] for name, view in views_B.items()}
         """Layer -> (out_features, r), without padding."""
 
+        self._addresses: Tensor | None = None
         self._draw_A()
 
     def _draw_A(self) -> None:
@@ -73,6 +76,23 @@ class Adapter:
     def n_parameters(self) -> int:
         """Number of trained parameters, without padding."""
         return sum(view.numel() for views in (self.lora_A, self.lora_B) for view in views.values())
+
+    def addresses(self, layers: list[str]) -> Tensor:
+        """Return where the factors and gradients of layers are on the device.
+
+        Args:
+            layers: the same names in every call.
+
+        Returns:
+            Addresses of A, B, and the gradients of these, (n_layers, 4), int64; 0 for layers that are not adapted.
+        """
+        if self._addresses is None:
+            vectors = [*self.parameters, *(parameter.grad for parameter in self.parameters)]
+            found = [views(vector.data, sizes) for vector, sizes in zip(vectors, 2 * self.sizes, strict=True)]
+            self._addresses = torch.tensor(
+                [[of[name].data_ptr() if name in of else 0 for of in found] for name in layers], dtype=torch.int64
+            )
+        return self._addresses
 
     def zero_grad(self) -> None:
         """Set the gradients to zero in place, since other tensors are views of them."""

@@ -44,6 +44,7 @@ class PackedEngine:
         tokens_per_pass: most tokens of a pass through the base, unless a single micro-batch has more.
         autocast: type of activations, if it is not the parameters' own.
         grouped: as in `Pack`; ranks are then padded to `RANK_MULTIPLE`.
+        fused: as in `Pack`.
         dtype: type of the adapters.
     """
 
@@ -59,15 +60,19 @@ class PackedEngine:
         slots: int = 1,
         autocast: torch.dtype | None = None,
         grouped: bool = False,
+        fused: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.slots, self._architecture = slots, architecture
-        self.pack = Pack(model, list(architecture.shapes), autocast=autocast, grouped=grouped)
+        self.pack = Pack(model, list(architecture.shapes), autocast=autocast, grouped=grouped, fused=fused)
         if training.gradient_checkpointing is True:
             # a layer draws no random numbers: dropout masks are functions of seed, micro-batch and layer
             model.gradient_checkpointing_enable(
                 {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
             )
+        self.notes: list[str] = []
+        """Sentences on what this engine does otherwise than expected."""
+
         self._on_gpu = model.device.type == "cuda"
         self._adapter_options = {
             "device": model.device,

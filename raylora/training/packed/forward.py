@@ -29,7 +29,6 @@ from raylora.base.onednn import fast_products
 from raylora.errors import PackingError
 from raylora.training.memory import CHUNK
 from raylora.training.packed.adapter import Shapes
-from raylora.training.packed.group import Group
 from raylora.training.packed.layout import Layout, MicroBatch
 
 
@@ -45,6 +44,7 @@ class Pack:
             weights of micro-batches apply to gradients, which needs no loss scaler.
         grouped: True to take the products of adapters of the same shapes in one call, in bfloat16 where
             `has_grouped_products`.
+        fused: True to take the products of all adapters by kernels, where `has_fused_products`.
         chunk: positions whose logits are in memory at once.
     """
 
@@ -55,9 +55,13 @@ class Pack:
         *,
         autocast: torch.dtype | None = None,
         grouped: bool = False,
+        fused: bool = False,
         chunk: int = CHUNK,
     ) -> None:
         self.model, self._autocast, self._grouped, self._chunk = model, autocast, grouped, chunk
+        self.fused = fused
+        """True to take the products of all adapters by kernels."""
+
         self._layers = {name: model.get_submodule(name) for name in names}
         self.shapes: Shapes = {name: _features(layer) for name, layer in self._layers.items()}
         """Layer -> (in_features, out_features)."""
@@ -137,6 +141,7 @@ class Pack:
             device,
             self._autocast,
             grouped=self._grouped,
+            layers=list(self._layers) if self.fused else None,
             with_gradient=with_gradient,
             weigh_gradients=self._autocast == torch.float16,
         )
@@ -149,8 +154,7 @@ class Pack:
         """Return the forward function that replaces that of a linear layer."""
 
         def forward(x: Tensor) -> Tensor:
-            groups = [group for group in self._layout.groups if name in group.lora_A] if self._layout else []
-            return _AdaptedLinear.apply(x, layer, self._autocast or x.dtype, index, name, groups)
+            return _AdaptedLinear.apply(x, layer, self._autocast or x.dtype, index, name, self._layout)
 
         return forward
 
@@ -242,7 +246,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: nn.Module, dtype: torch.dtype, index: int, name: str, groups: list[Group]
+        ctx: Any, x: Tensor, layer: nn.Module, dtype: torch.dtype, index: int, name: str, layout: Layout | None
     ) -> Tensor:
         """Compute the output of the layer.
 
@@ -252,46 +256,33 @@ class _AdaptedLinear(torch.autograd.Function):
             dtype: dtype of the product.
             index: index of the layer, which seeds its dropout masks.
             name: name of the layer.
-            groups: groups of shares whose adapters adapt this layer.
+            layout: gives the groups of adapters and the dropout masks; None adds no update.
 
         Returns:
             (..., out_features), of `dtype`.
         """
         tokens_in = x.flatten(0, -2).to(dtype)
-        saved: list[Tensor | None] = [tokens_in]
         with fast_products(x.device):
             tokens_out = tokens_in @ dense_weight(layer).to(dtype).t()
         if layer.bias is not None:
             tokens_out += layer.bias.to(dtype)
-        for group in groups:
-            inputs = tokens_in[group.tokens].to(group.dtype)
-            mask = group.dropout_mask(index, inputs)
-            h = group.multiply(_apply(mask, inputs), group.lora_A[name].mT).mul_(group.scaling)
-            group.add_product(tokens_out[group.tokens], h, group.lora_B[name].mT)
-            saved += [mask, h]
-        ctx.save_for_backward(*saved)
-        ctx.layer, ctx.name, ctx.groups, ctx.dtype_in = layer, name, groups, x.dtype
+        groups = [group for group in layout.groups if group.adapts(name)] if layout else []
+        mask = layout.dropout_mask(index, tokens_in.shape[1]) if layout and groups else None
+        products = [group.add_update(name, index, tokens_in, tokens_out, mask) for group in groups]
+        ctx.save_for_backward(tokens_in, mask, *products)
+        ctx.layer, ctx.index, ctx.name, ctx.groups, ctx.dtype_in = layer, index, name, groups, x.dtype
         return tokens_out.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient with respect to x, and add those of the factors to their adapters."""
-        tokens_in, *saved = ctx.saved_tensors
+        tokens_in, mask, *products = ctx.saved_tensors
         grad_out = grad_output.flatten(0, -2)
         with fast_products(grad_out.device):
             grad_in = grad_out @ dense_weight(ctx.layer).to(grad_out.dtype)
-        for group, mask, h in zip(ctx.groups, saved[::2], saved[1::2], strict=True):
-            inputs, g = (tokens[group.tokens].to(group.dtype) for tokens in (tokens_in, grad_out))
-            grad_h = group.multiply(g, group.lora_B[ctx.name]).mul_(group.scaling)
-            group.add_outer_product(group.grad_A[ctx.name], grad_h, _apply(mask, inputs))
-            group.add_outer_product(group.grad_B[ctx.name], g, h)
-            grad_in[group.tokens].add_(_apply(mask, group.multiply(grad_h, group.lora_A[ctx.name])))
+        for group, h in zip(ctx.groups, products, strict=True):
+            group.add_gradients(ctx.name, ctx.index, tokens_in, mask, h, grad_out, grad_in)
         return grad_in.unflatten(0, grad_output.shape[:-1]).to(ctx.dtype_in), None, None, None, None, None
-
-
-def _apply(dropout_mask: Tensor | None, x: Tensor) -> Tensor:
-    """Return x with dropped entries set to zero."""
-    return x if dropout_mask is None else x * dropout_mask
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Multiplies the tokens of several adapters by the factors of each, in one call where their shapes are alike."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -47,28 +46,6 @@ class Share:
     def has_dropout(self) -> bool:
         """True if dropout is active."""
         return self.key is not None and self.adapter.dropout > 0
-
-    def dropout_mask(self, layer: int, x: Tensor) -> Tensor:
-        """Draw the dropout mask of one layer's input.
-
-        The mask is a function of the trial's seed, the micro-batch's key and the layer. So it is the same after a
-        pause, in another pack, and when gradient checkpointing draws it again.
-
-        The mask takes 16 bits per entry from int64 draws, which is four times as fast as `bernoulli_` on a CPU. The
-        drop probability p is rounded to 1 / 65536. Products with uint8 are twice as fast as with bool.
-
-        Args:
-            layer: index of the layer.
-            x: input of the layer, (n_tokens, in_features).
-
-        Returns:
-            The shape of x, uint8: 1 to keep an entry, 0 to drop it. The factor 1 / (1 - p) is in `scaling`.
-        """
-        generator = torch.Generator(x.device).manual_seed(hash((self.adapter.seed, self.key, layer)))
-        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
-        draws = bits.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
-        mask = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        return torch.ge(draws, round(self.adapter.dropout * 2**16) - 2**15, out=mask)
 
     @property
     def scaling(self) -> float:
@@ -123,7 +100,54 @@ class Group:
             views(gradient, size) for gradient, size in zip(self._gradients, sizes, strict=True)
         )
 
-    def multiply(self, x: Tensor, matrices: Tensor) -> Tensor:
+    def adapts(self, name: str) -> bool:
+        """Return True if the adapters adapt a layer."""
+        return name in self.lora_A
+
+    def add_update(self, name: str, layer: int, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        """Add scaling * B A dropout(x) to y, in place.
+
+        Args:
+            name: name of the layer.
+            layer: index of the layer.
+            x: input of all tokens of the pass, (n_tokens, in_features).
+            y: output, (n_tokens, out_features).
+            mask: dropout mask, (n_tokens, in_features); None without dropout.
+
+        Returns:
+            scaling * A dropout(x), for the backward pass.
+        """
+        h = self._multiply(self._dropped(x, mask), self.lora_A[name].mT).mul_(self.scaling)
+        self._add_product(y[self.tokens], h, self.lora_B[name].mT)
+        return h
+
+    def add_gradients(
+        self, name: str, layer: int, x: Tensor, mask: Tensor | None, h: Tensor, grad_y: Tensor, grad_x: Tensor
+    ) -> None:
+        """Add the gradients of A and B to the adapters', and that of x to `grad_x`, in place.
+
+        Args:
+            name: as in `add_update`.
+            layer: as in `add_update`.
+            x: as in `add_update`.
+            mask: as in `add_update`.
+            h: result of `add_update`.
+            grad_y: gradient of y.
+            grad_x: gradient of x, (n_tokens, in_features).
+        """
+        g = grad_y[self.tokens].to(self.dtype)
+        grad_h = self._multiply(g, self.lora_B[name]).mul_(self.scaling)
+        self._add_outer_product(self.grad_A[name], grad_h, self._dropped(x, mask))
+        self._add_outer_product(self.grad_B[name], g, h)
+        update = self._multiply(grad_h, self.lora_A[name])
+        grad_x[self.tokens].add_(update if mask is None else update * mask[self.tokens])
+
+    def _dropped(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the group's part of x, with dropped entries set to zero."""
+        inputs = x[self.tokens].to(self.dtype)
+        return inputs if mask is None else inputs * mask[self.tokens]
+
+    def _multiply(self, x: Tensor, matrices: Tensor) -> Tensor:
         """Multiply the tokens of each adapter by its own matrix.
 
         Args:
@@ -135,14 +159,14 @@ class Group:
         """
         return x @ matrices[0] if len(matrices) == 1 else grouped_mm(x, matrices, offs=self._ends)
 
-    def add_product(self, total: Tensor, x: Tensor, matrices: Tensor) -> None:
-        """Add the result of `multiply` to `total`, (n_tokens, m), in place."""
+    def _add_product(self, total: Tensor, x: Tensor, matrices: Tensor) -> None:
+        """Add the result of `_multiply` to `total`, (n_tokens, m), in place."""
         if len(matrices) == 1 and total.dtype == x.dtype:
             total.addmm_(x, matrices[0])
         else:
-            total.add_(self.multiply(x, matrices))
+            total.add_(self._multiply(x, matrices))
 
-    def add_outer_product(self, gradients: Tensor, left: Tensor, right: Tensor) -> None:
+    def _add_outer_product(self, gradients: Tensor, left: Tensor, right: Tensor) -> None:
         """Add left^T @ right over the tokens of each adapter to the adapter's gradient, times its weight, in place.
 
         Stacked gradients get the weight in `add_gradients_to_adapters`.
@@ -158,18 +182,6 @@ class Group:
             gradients[0].add_(left.t() @ right, alpha=self._owners[0][1])
         else:
             gradients.add_(grouped_mm(left.t(), right, offs=self._ends))
-
-    def dropout_mask(self, layer: int, x: Tensor) -> Tensor | None:
-        """Draw the dropout masks of all shares. Arguments and result are those of `Share.dropout_mask`.
-
-        Returns:
-            The shape of x, uint8; None if no share has dropout.
-        """
-        if not any(share.has_dropout for share in self.shares):
-            return None
-        parts = zip(self.shares, x.split([share.n_tokens for share in self.shares]), strict=True)
-        masks = [share.dropout_mask(layer, part) for share, part in parts]
-        return masks[0] if len(masks) == 1 else torch.cat(masks)
 
     def add_gradients_to_adapters(self) -> None:
         """Add the stacked gradients of several adapters to their own. A single adapter needs no copy."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from raylora.data.rows import IGNORE
 from raylora.training.packed.adapter import Adapter
+from raylora.training.packed.dropout import draw_mask, states, threshold
+from raylora.training.packed.fused import MAX_RANK, FusedGroup, Owner, kernel_tables
 from raylora.training.packed.group import Group, Share
 
 ALIGNMENT = 16
@@ -47,6 +49,7 @@ class Layout:
         device: where the base is.
         autocast: dtype of activations; None is the dtype of the adapters.
         grouped: True to place adapters of the same shapes side by side, for grouped products.
+        layers: names of all layers that can be adapted, for the fused products of all adapters; None leaves them out.
         with_gradient: True to collect gradients.
         weigh_gradients: True to apply the weights of micro-batches to the gradients of adapters, and not to the loss.
             In float16, gradients of a loss that is divided by the number of tokens would underflow.
@@ -59,6 +62,7 @@ class Layout:
         autocast: torch.dtype | None,
         *,
         grouped: bool,
+        layers: list[str] | None = None,
         with_gradient: bool = True,
         weigh_gradients: bool = False,
     ) -> None:
@@ -85,6 +89,11 @@ class Layout:
         predicted = loss_mask.nonzero()[:, 0]
         weights = torch.tensor([batch.weight for batch in micro_batches], dtype=torch.float64)
         inside = torch.arange(self.longest) < lengths[:, None]
+        self._has_dropout = any(share.has_dropout for share in shares)
+        owners = _owners(shares)
+        # one adapter without dropout takes eight products of torch, and six kernels that take longer to launch
+        is_worth_it = len(owners) > 1 or self._has_dropout
+        self._is_fused = bool(layers) and is_worth_it and all(owner.adapter.padded_r <= MAX_RANK for owner in owners)
         precise = torch.promote_types(autocast or shares[0].adapter.parameters[0].dtype, torch.float32)
         tables = _moved(
             {
@@ -96,8 +105,10 @@ class Layout:
                 "weights": weights,
                 "token_weights": torch.ones(len(predicted)) if weigh_gradients else weights[owner[predicted]],
                 "inside": inside.flatten().nonzero()[:, 0],
+                "scaling": _of_tokens(shares, [share.scaling for share in shares], precise),
                 **{f"ends {index}": _ends(group) for index, group in enumerate(groups)},
-                **{f"scaling {index}": _scaling(group, precise) for index, group in enumerate(groups)},
+                **(_dropout_tables(shares) if self._has_dropout or self._is_fused else {}),
+                **(kernel_tables(owners, layers) if self._is_fused and layers else {}),
             },
             device,
         )
@@ -119,19 +130,36 @@ class Layout:
         self.token_weights = tables["token_weights"]
         """Weight of the loss of each token to predict, (n,), floating point."""
 
-        self.groups = [
-            Group(
-                group,
-                autocast,
-                ends=tables[f"ends {index}"],
-                scaling=tables[f"scaling {index}"],
-                with_gradient=with_gradient,
-            )
-            for index, group in enumerate(groups)
-        ]
+        self._tables, scaling = tables, tables["scaling"]
+        self.groups: list[Group] | list[FusedGroup]
+        """Adapters with the tokens of each, whose products are taken together."""
+
+        if self._is_fused:
+            self.groups = [FusedGroup(owners, tables, has_dropout=self._has_dropout)]
+        else:
+            self.groups = [
+                Group(
+                    group,
+                    autocast,
+                    ends=tables[f"ends {index}"],
+                    scaling=scaling[group[0].tokens.start : group[-1].tokens.stop],
+                    with_gradient=with_gradient,
+                )
+                for index, group in enumerate(groups)
+            ]
         self._owner = tables["owner"]
         self._inside = tables["inside"]  # flat indexes of the positions of (rows, longest) that are not padding
         self._n_rows = len(rows)
+
+    def dropout_mask(self, layer: int, n_features: int) -> Tensor | None:
+        """Draw the dropout mask of one layer's input, (n_tokens, n_features), uint8.
+
+        Returns:
+            None if no token has dropout, or if the fused products draw it by themselves.
+        """
+        if self._is_fused or not self._has_dropout:
+            return None
+        return draw_mask(self._tables["states"], self._tables["thresholds"], layer, n_features)
 
     def pad(self, sequence: Tensor) -> Tensor:
         """Return the sequence as padded rows.
@@ -183,10 +211,29 @@ def _ends(shares: list[Share]) -> Tensor:
     return torch.tensor(list(sizes.values())).cumsum(0).to(torch.int32)
 
 
-def _scaling(shares: list[Share], dtype: torch.dtype) -> Tensor:
-    """Return the LoRA scaling of each token of a group, (n_tokens, 1)."""
-    scalings = torch.tensor([share.scaling for share in shares], dtype=dtype)
-    return scalings.repeat_interleave(torch.tensor([share.n_tokens for share in shares]))[:, None]
+def _of_tokens(shares: list[Share], values: list[Any], dtype: torch.dtype) -> Tensor:
+    """Return a value of each share for each of its tokens, (n_tokens, 1)."""
+    n_tokens = torch.tensor([share.n_tokens for share in shares])
+    return torch.tensor(values, dtype=dtype).repeat_interleave(n_tokens)[:, None]
+
+
+def _dropout_tables(shares: list[Share]) -> dict[str, Tensor]:
+    """Return state and threshold of each token, as `draw_mask` takes them."""
+    thresholds = [threshold(share.adapter.dropout) if share.has_dropout else 0 for share in shares]
+    return {
+        "states": torch.cat([states(share.adapter.seed, share.key or 0, share.n_tokens) for share in shares]),
+        "thresholds": _of_tokens(shares, thresholds, torch.int32),
+    }
+
+
+def _owners(shares: list[Share]) -> list[Owner]:
+    """Return the adapters of the shares, with the tokens of all shares of each."""
+    return [
+        Owner(adapter, slice(some[0].tokens.start, some[-1].tokens.stop), weight)
+        for (adapter, weight), some in (
+            (owner, list(group)) for owner, group in itertools.groupby(shares, key=lambda share: share.owner)
+        )
+    ]
 
 
 def _moved(tables: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -31,6 +31,9 @@ SHORT = 24
 LAST = 256
 """Tokens of the long row whose loss is compared: its last ones, which a sliding window or other angles change."""
 
+DROPOUT = 0.3
+"""Drop probability with which the kernels are compared with torch: a wrong mask shows."""
+
 INITIAL_B = 0.02
 """Standard deviation of B's values, of the order of a trained adapter's."""
 
@@ -126,6 +129,8 @@ def check_pack(pack: Pack, reference: Reference, dtype: torch.dtype) -> None:
     Raises:
         PackingError: the pack fails, or computes something else.
     """
+    for adapter in reference.adapters:
+        adapter.zero_grad()
     try:
         found = pack.nll([MicroBatch(no_adapter(pack), [row], [_last(row)]) for row in reference.rows]).tolist()
         # experts get another number of tokens from another row, so that their sums are rounded in another way
@@ -147,12 +152,46 @@ def check_pack(pack: Pack, reference: Reference, dtype: torch.dtype) -> None:
     for batch, loss, expected, gradients in zip(
         batches, losses, reference.adapted_nll, reference.gradients, strict=True
     ):
-        adapter = f"an adapter of rank {batch.adapter.r}"
-        _check_loss(loss / batch.weight, expected, adapter, dtype)
+        name = f"an adapter of rank {batch.adapter.r}"
+        _check_loss(loss / batch.weight, expected, name, dtype)
         ours = batch.adapter.factors([parameter.grad / batch.weight for parameter in batch.adapter.parameters])
-        difference = _norm({name: ours[name] - gradients[name] for name in gradients}) / _norm(gradients)
+        difference = _norm({factor: ours[factor] - gradients[factor] for factor in gradients}) / _norm(gradients)
         if not difference <= GRADIENT_TOLERANCE[dtype]:
-            raise PackingError(f"packed, the gradient of {adapter} differs from peft's by {difference:.1%}")
+            raise PackingError(f"packed, the gradient of {name} differs from peft's by {difference:.1%}")
+
+
+def check_kernels(pack: Pack, reference: Reference, dtype: torch.dtype) -> None:
+    """Compare the fused products of a pack with those of torch, with dropout.
+
+    Args:
+        pack: a pack with fused products.
+        reference: gives rows and adapters.
+        dtype: dtype of activations, which sets the tolerances.
+
+    Raises:
+        PackingError: the kernels fail, or compute something else.
+    """
+    found = []
+    try:
+        for pack.fused in (False, True):
+            for adapter in reference.adapters:
+                adapter.dropout = DROPOUT
+                adapter.zero_grad()
+            pairs = zip(reference.adapters, reference.rows[1:], strict=True)
+            pack.backward([MicroBatch(adapter, [row], [row], 1 / len(row), key=0) for adapter, row in pairs])
+            found.append([torch.cat([vector.grad for vector in one.parameters]) for one in reference.adapters])
+        for adapter, expected, gradient in zip(reference.adapters, *found, strict=True):
+            difference = float((gradient - expected).norm() / expected.norm())
+            if not difference <= GRADIENT_TOLERANCE[dtype]:
+                what = f"the kernels' gradient of rank {adapter.r}"
+                raise PackingError(f"{what} differs from that of torch's products by {difference:.1%}")
+    except PackingError:
+        raise
+    except Exception as error:  # whatever the compiler or the device raises
+        raise PackingError(f"{type(error).__name__}: {error}") from error
+    finally:
+        for adapter in reference.adapters:
+            adapter.dropout = 0.0
 
 
 def no_adapter(pack: Pack) -> Adapter:

@@ -290,16 +290,15 @@ def test_dropout_drops_the_share_it_is_told_to() -> None:
     seen: list[Tensor] = []
     one = adapter(pack, dropout=0.25)
     ids, labels = rows()
-    (group,) = Layout([MicroBatch(one, ids, labels, 1.0, key=7)], torch.device("cpu"), None, grouped=False).groups
-    x = torch.ones(sum(LENGTHS), 1000, dtype=torch.float64)
+    layout = Layout([MicroBatch(one, ids, labels, 1.0, key=7)], torch.device("cpu"), None, grouped=False)
     for layer in range(20):
-        mask = group.dropout_mask(layer, x)
+        mask = layout.dropout_mask(layer, 1000)
         assert mask is not None
         seen.append(mask.double().mean())
     # 640,000 draws: a standard deviation of 0.0005
     assert float(torch.stack(seen).mean()) == pytest.approx(0.75, abs=0.003)
-    assert torch.equal(group.dropout_mask(3, x), group.dropout_mask(3, x))
-    assert not torch.equal(group.dropout_mask(3, x), group.dropout_mask(4, x))
+    assert torch.equal(layout.dropout_mask(3, 1000), layout.dropout_mask(3, 1000))
+    assert not torch.equal(layout.dropout_mask(3, 1000), layout.dropout_mask(4, 1000))
 
 
 def test_a_diverged_trial_leaves_its_neighbours_alone() -> None:
