@@ -11,7 +11,7 @@ from raylora.base.load import compute_dtype, load_base_model
 from raylora.config.schema import SearchConfig
 from raylora.data.rows import TokenRows, load_part
 from raylora.errors import PackingError
-from raylora.training.memory import Fit, MemoryEstimate, free_memory_mib, tokens_per_pass
+from raylora.training.memory import MIB, USABLE, Fit, MemoryEstimate, free_memory_mib, tokens_per_pass
 from raylora.training.packed.engine import RANK_MULTIPLE, PackedEngine
 from raylora.training.packed.fused import has_fused_products
 from raylora.training.packed.group import has_grouped_products
@@ -119,6 +119,7 @@ def _pack(
         slots=fit.slots,
         autocast=autocast,
         grouped=grouped,
+        dense=on_gpu and autocast is not None and _has_room(architecture, device, memory, fit, dtype),
         fused=config.search.fused_kernels and has_fused_products(device, dtype),
     )
     try:
@@ -153,6 +154,16 @@ def _fit(config: SearchConfig, device: torch.device, memory: MemoryEstimate | No
         return Fit(slots, tokens, checkpointing is True)
     free = free_memory_mib(str(device)) / (1 if device.type != "cpu" else config.search.lanes or 1)
     return memory.fit(free, slots=slots, tokens=tokens, checkpointing=checkpointing)
+
+
+def _has_room(
+    architecture: Architecture, device: torch.device, memory: MemoryEstimate | None, fit: Fit, dtype: torch.dtype
+) -> bool:
+    """Return True if the base's linear layers fit into the free memory dequantized, beside the pack."""
+    if memory is None:
+        return False
+    dense_mib = sum(a * b for a, b in architecture.shapes.values()) * dtype.itemsize / MIB
+    return memory.total_mib(fit) - memory.base_mib + dense_mib <= USABLE * free_memory_mib(str(device))
 
 
 def _check_settings(config: SearchConfig) -> None:

@@ -82,6 +82,10 @@ def tokens_per_pass(section: SearchSection, *, on_gpu: bool) -> int:
     return section.tokens_per_pass or TOKENS_PER_PASS["gpu" if on_gpu else "cpu"]
 
 
+USABLE = 0.9
+"""Share of the free memory that a pack may take. The rest is for what the estimate does not know."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """Pack that fits into a device's memory."""
@@ -125,7 +129,7 @@ class MemoryEstimate:
     def fit(self, free_mib: float, *, slots: int, tokens: int, checkpointing: bool | Literal["auto"]) -> Fit:
         """Return the pack that fits into the free memory.
 
-        A tenth stays free, for what the estimate does not know. A pass gets half of the rest at most.
+        Of the memory, `USABLE` is used. A pass gets half of the rest at most.
 
         Args:
             free_mib: memory that is free beside the base, in MiB.
@@ -141,7 +145,7 @@ class MemoryEstimate:
         return plain if is_enough else self._fit(free_mib, slots, tokens, True)
 
     def _fit(self, free_mib: float, slots: int, tokens: int, checkpointing: bool) -> Fit:
-        usable, per_token = 0.9 * free_mib, self.checkpointed_token_mib if checkpointing else self.token_mib
+        usable, per_token = USABLE * free_mib, self.checkpointed_token_mib if checkpointing else self.token_mib
         # half of it, with the logits of all positions or of a chunk
         fitting = max(usable / 2 / (per_token + self.logits_mib), (usable / 2 - CHUNK * self.logits_mib) / per_token)
         tokens = max(self.micro_batch_tokens, min(tokens, int(fitting)))
@@ -150,7 +154,7 @@ class MemoryEstimate:
 
     def _fits(self, fit: Fit, free_mib: float) -> bool:
         """Return True if a pack fits, which one of a single trial and micro-batch may not."""
-        return self.total_mib(fit) - self.base_mib <= 0.9 * free_mib
+        return self.total_mib(fit) - self.base_mib <= USABLE * free_mib
 
     def _pass_mib(self, tokens: int, checkpointing: bool) -> float:
         """Return the memory of a pass in MiB: activations and logits."""

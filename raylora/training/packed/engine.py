@@ -45,6 +45,7 @@ class PackedEngine:
         autocast: type of activations, if it is not the parameters' own.
         grouped: as in `Pack`; ranks are then padded to `RANK_MULTIPLE`.
         fused: as in `Pack`.
+        dense: as in `Pack`.
         dtype: type of the adapters.
     """
 
@@ -61,10 +62,11 @@ class PackedEngine:
         autocast: torch.dtype | None = None,
         grouped: bool = False,
         fused: bool = False,
+        dense: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.slots, self._architecture = slots, architecture
-        self.pack = Pack(model, list(architecture.shapes), autocast=autocast, grouped=grouped, fused=fused)
+        self.pack = Pack(model, list(architecture.shapes), autocast=autocast, grouped=grouped, fused=fused, dense=dense)
         if training.gradient_checkpointing is True:
             # a layer draws no random numbers: dropout masks are functions of seed, micro-batch and layer
             model.gradient_checkpointing_enable(
@@ -113,7 +115,7 @@ class PackedEngine:
         return self.trials.pop(number)
 
     def shrink(self) -> dict[int, str | None]:
-        """Take the younger half of the pack out, for want of memory.
+        """Take the younger half of the pack out, and the dense copy of the base, for want of memory.
 
         Returns:
             Number -> checkpoint saved now; None if the trial has not begun or cannot be saved.
@@ -124,6 +126,7 @@ class PackedEngine:
             with suppress(OSError):
                 checkpoints[number] = str(trial.save()) if trial.step else None
         self.slots = len(self.trials)
+        self.pack.forget_dense()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return checkpoints

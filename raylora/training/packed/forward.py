@@ -45,6 +45,7 @@ class Pack:
         grouped: True to take the products of adapters of the same shapes in one call, in bfloat16 where
             `has_grouped_products`.
         fused: True to take the products of all adapters by kernels, where `has_fused_products`.
+        dense: True to keep the base's layers dequantized, in the dtype of activations, until `forget_dense`.
         chunk: positions whose logits are in memory at once.
     """
 
@@ -56,6 +57,7 @@ class Pack:
         autocast: torch.dtype | None = None,
         grouped: bool = False,
         fused: bool = False,
+        dense: bool = False,
         chunk: int = CHUNK,
     ) -> None:
         self.model, self._autocast, self._grouped, self._chunk = model, autocast, grouped, chunk
@@ -66,6 +68,9 @@ class Pack:
         self.shapes: Shapes = {name: _features(layer) for name, layer in self._layers.items()}
         """Layer -> (in_features, out_features)."""
 
+        self._dense: dict[str, Tensor] = {}
+        if dense:
+            self._dense = {name: dense_weight(layer).to(autocast) for name, layer in self._layers.items()}
         self._layout: Layout | None = None
         for index, (name, layer) in enumerate(self._layers.items()):
             layer.forward = self._make_forward(index, name, layer)
@@ -84,6 +89,15 @@ class Pack:
         self._handle.remove()
         self.model.set_attn_implementation(self._original_attention)
         del ALL_ATTENTION_FUNCTIONS[self._attention]
+
+    @property
+    def is_dense(self) -> bool:
+        """True if the base's layers are kept dequantized."""
+        return bool(self._dense)
+
+    def forget_dense(self) -> None:
+        """Dequantize the base's layers in each pass from now on."""
+        self._dense.clear()
 
     def backward(self, micro_batches: list[MicroBatch]) -> Tensor:
         """Add the gradient of each micro-batch's loss to the gradient of its adapter.
@@ -154,7 +168,17 @@ class Pack:
         """Return the forward function that replaces that of a linear layer."""
 
         def forward(x: Tensor) -> Tensor:
-            return _AdaptedLinear.apply(x, layer, self._autocast or x.dtype, index, name, self._layout)
+            dtype = self._autocast or x.dtype
+            weight = self._dense.get(name)
+            return _AdaptedLinear.apply(
+                x,
+                (lambda: dense_weight(layer).to(dtype)) if weight is None else lambda: weight,
+                layer.bias,
+                dtype,
+                index,
+                name,
+                self._layout,
+            )
 
         return forward
 
@@ -246,13 +270,21 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: nn.Module, dtype: torch.dtype, index: int, name: str, layout: Layout | None
+        ctx: Any,
+        x: Tensor,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        index: int,
+        name: str,
+        layout: Layout | None,
     ) -> Tensor:
         """Compute the output of the layer.
 
         Args:
             x: (..., in_features).
-            layer: the frozen linear layer.
+            weight: gives the frozen weight, (out_features, in_features), of `dtype`.
+            bias: frozen, (out_features,), or None.
             dtype: dtype of the product.
             index: index of the layer, which seeds its dropout masks.
             name: name of the layer.
@@ -263,14 +295,14 @@ class _AdaptedLinear(torch.autograd.Function):
         """
         tokens_in = x.flatten(0, -2).to(dtype)
         with fast_products(x.device):
-            tokens_out = tokens_in @ dense_weight(layer).to(dtype).t()
-        if layer.bias is not None:
-            tokens_out += layer.bias.to(dtype)
+            tokens_out = tokens_in @ weight().t()
+        if bias is not None:
+            tokens_out += bias.to(dtype)
         groups = [group for group in layout.groups if group.adapts(name)] if layout else []
         mask = layout.dropout_mask(index, tokens_in.shape[1]) if layout and groups else None
         products = [group.add_update(name, index, tokens_in, tokens_out, mask) for group in groups]
         ctx.save_for_backward(tokens_in, mask, *products)
-        ctx.layer, ctx.index, ctx.name, ctx.groups, ctx.dtype_in = layer, index, name, groups, x.dtype
+        ctx.weight, ctx.index, ctx.name, ctx.groups, ctx.dtype_in = weight, index, name, groups, x.dtype
         return tokens_out.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -279,10 +311,10 @@ class _AdaptedLinear(torch.autograd.Function):
         tokens_in, mask, *products = ctx.saved_tensors
         grad_out = grad_output.flatten(0, -2)
         with fast_products(grad_out.device):
-            grad_in = grad_out @ dense_weight(ctx.layer).to(grad_out.dtype)
+            grad_in = grad_out @ ctx.weight().to(grad_out.dtype)
         for group, h in zip(ctx.groups, products, strict=True):
             group.add_gradients(ctx.name, ctx.index, tokens_in, mask, h, grad_out, grad_in)
-        return grad_in.unflatten(0, grad_output.shape[:-1]).to(ctx.dtype_in), None, None, None, None, None
+        return grad_in.unflatten(0, grad_output.shape[:-1]).to(ctx.dtype_in), *(None,) * 6
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The pack's arithmetic: against peft on many architectures, and against sums taken by hand."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,6 +197,22 @@ def test_small_weights_do_not_underflow_in_float16() -> None:
         found.append((losses, gradients(one), gradients(other)))
     for expected, half in zip(*found, strict=True):
         torch.testing.assert_close(half.float(), expected.float(), rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+def test_a_dense_base_gives_the_same_gradients_to_the_bit_until_memory_is_short(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval().requires_grad_(False)
+    ids, labels = rows()
+    found = []
+    for dense in (True, False):
+        pack = pack_of(model, autocast=torch.bfloat16, dense=dense)
+        assert pack.is_dense == dense
+        for _ in range(2):
+            one = adapter_of(pack, 0)
+            pack.backward([MicroBatch(one, ids, labels, 0.1)])
+            found.append(gradients(one))
+            pack.forget_dense()
+        pack.close()
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def adapter_of(pack: Pack, seed: int) -> Adapter:

@@ -1,6 +1,11 @@
 """The fused kernels: against the products and masks in torch, in Triton's interpreter where there is no GPU."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +208,16 @@ class Recorder:
 
     def __call__(self, *args: object, **options: object) -> None:
         self._launched.append(self._name)
+
+
+def test_kernels_compile_for_a_gpu_without_spills_and_with_its_tensor_cores() -> None:
+    script = Path(__file__).with_name("compile_kernels.py")
+    compiler = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, script, "90", "16", "128"]
+    printed = subprocess.run(command, env=compiler, capture_output=True, text=True, check=True).stdout
+    compiled = [json.loads(line) for line in printed.splitlines()]
+    assert [(one["kernel"], one["r"]) for one in compiled] == [
+        (kernel, r) for r in (16, 128) for kernel in ("project", "add_expanded", "add_outer")
+    ]
+    for one in compiled:
+        assert one["spills"] == 0 and one["tensor_core_products"] > 0, one
