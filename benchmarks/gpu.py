@@ -50,9 +50,10 @@ from raylora.training.memory import (
 from raylora.training.packed.adapter import Adapter
 from raylora.training.packed.engine import RANK_MULTIPLE, PackedEngine
 from raylora.training.packed.forward import Pack
+from raylora.training.packed.fused import has_fused_products
 from raylora.training.packed.group import has_grouped_products
 from raylora.training.packed.layout import MicroBatch
-from raylora.training.packed.verify import check_pack, measure_reference
+from raylora.training.packed.verify import check_kernels, check_pack, measure_reference
 from raylora.training.trl import TrlEngine
 
 MIXED_RANKS = (8, 16, 32, 64) * 2
@@ -120,6 +121,7 @@ class Bench:
         self.dtype = torch.float32 if dry and not self.on_gpu else torch.bfloat16  # CPUs are slow in bfloat16
         self.autocast = None if self.dtype == torch.float32 else self.dtype
         self.grouped = has_grouped_products(self.device)
+        self.fused = has_fused_products(self.device, self.dtype)
 
     def note(self, **facts: Any) -> None:
         note(self.output, self.stage, **facts)
@@ -174,6 +176,7 @@ def env(bench: Bench) -> None:
         device=torch.cuda.get_device_name() if bench.on_gpu else "cpu",
         capability=torch.cuda.get_device_capability() if bench.on_gpu else None,
         grouped=bench.grouped,
+        fused=bench.fused,
         cores=len(os.sched_getaffinity(0)),
         free_mib=free_memory_mib(str(bench.device)),
     )
@@ -197,11 +200,14 @@ def check(bench: Bench) -> None:
             engine.model, engine.architecture, TokenRows(engine.train), autocast=dtype, rank_multiple=multiple
         )
         pack = Pack(engine.model, list(engine.architecture.shapes), autocast=dtype, grouped=grouped)
-        try:
-            check_pack(pack, reference, dtype)
-            bench.note(dtype=str(dtype), passed=True)
-        except PackingError as error:
-            bench.note(dtype=str(dtype), passed=False, why=str(error))
+        for pack.fused in (False, True) if has_fused_products(bench.device, dtype) else (False,):
+            try:
+                check_pack(pack, reference, dtype)
+                if pack.fused:
+                    check_kernels(pack, reference, dtype)
+                bench.note(dtype=str(dtype), fused=pack.fused, passed=True)
+            except PackingError as error:
+                bench.note(dtype=str(dtype), fused=pack.fused, passed=False, why=str(error))
         pack.close()
 
 
@@ -278,7 +284,13 @@ def exact(bench: Bench) -> None:
             )
             alone = reports[-1].eval_loss
             bench.note(r=trials[number].r, packed=found[number], trl=alone, relative=abs(found[number] / alone - 1))
-    pack = Pack(engine.model, list(engine.architecture.shapes), autocast=bench.autocast, grouped=bench.grouped)
+    pack = Pack(
+        engine.model,
+        list(engine.architecture.shapes),
+        autocast=bench.autocast,
+        grouped=bench.grouped,
+        fused=bench.fused,
+    )
     for ranks in ((16, 16, 16, 16), (16, 8, 32, 64)):
         whole = _first_gradient(pack, ranks)
         alone = _first_gradient(pack, ranks[:1])
@@ -344,7 +356,8 @@ def speed(bench: Bench, shape: str, cases: list[tuple[int, int]], trl_tokens: li
         folder = Path(name)
         for n, tokens in cases[:2]:
             _time_pack(bench, engine, shape, [TRIAL.r] * n, tokens, folder)
-        _time_pack(bench, engine, shape, list(MIXED_RANKS), cases[0][1], folder)
+        for options in ({}, {"fused": False}, {"dense": True}):
+            _time_pack(bench, engine, shape, list(MIXED_RANKS), cases[0][1], folder, **options)
         for tokens in trl_tokens:
             trial = TRIAL.model_copy(update={"per_device_train_batch_size": tokens // LENGTH})
             seconds = trl_seconds(engine, trial, folder / f"trl-{tokens}")
@@ -353,15 +366,18 @@ def speed(bench: Bench, shape: str, cases: list[tuple[int, int]], trl_tokens: li
             _time_pack(bench, engine, shape, [TRIAL.r] * n, tokens, folder)
 
 
-def _time_pack(bench: Bench, engine: TrlEngine, shape: str, ranks: list[int], tokens: int, folder: Path) -> None:
-    """Note seconds of a step and peak memory of a pack."""
+def _time_pack(
+    bench: Bench, engine: TrlEngine, shape: str, ranks: list[int], tokens: int, folder: Path, **options: bool
+) -> None:
+    """Note seconds of a step and peak memory of a pack; the options are those of `throughput.packed`."""
     trial = TRIAL.model_copy(update={"per_device_train_batch_size": tokens // LENGTH})
     reset_peak_memory()
-    seconds, _ = packed_seconds(engine, trial, len(ranks), folder, ranks)
+    seconds, _ = packed_seconds(engine, trial, len(ranks), folder, ranks, **options)
     n_tokens = len(ranks) * tokens
     bench.note(
         shape=shape,
         engine="packed",
+        options=options,
         ranks=ranks,
         tokens=tokens,
         seconds=seconds,
@@ -470,6 +486,7 @@ def article(bench: Bench) -> None:
         slots=2,
         autocast=bench.autocast,
         grouped=bench.grouped,
+        fused=bench.fused,
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -30,6 +30,7 @@ from raylora.run.metrics import RungMetrics
 from raylora.testing import make_tiny_model
 from raylora.training.memory import tokens_per_pass
 from raylora.training.packed.engine import PackedEngine
+from raylora.training.packed.fused import has_fused_products
 from raylora.training.packed.group import has_grouped_products
 from raylora.training.trl import TrlEngine
 
@@ -144,10 +145,18 @@ def trl_seconds(engine: TrlEngine, trial: Assignment, folder: Path) -> float:
     return reports[-1].train_seconds / N_STEPS
 
 
-def packed(engine: TrlEngine, tokens: int | None = None) -> PackedEngine:
-    """A packed engine on another engine's base and data; `tokens` a pass, or as many as the search would take."""
-    on_gpu = engine.model.device.type != "cpu"
-    dtype = compute_dtype(BaseModelSection(name=""), str(engine.model.device))
+def packed(engine: TrlEngine, tokens: int | None = None, *, fused: bool = True, dense: bool = False) -> PackedEngine:
+    """Return a packed engine on another engine's base and data.
+
+    Args:
+        engine: gives base and data.
+        tokens: tokens of a pass; None takes as many as a search does.
+        fused: True for the fused kernels, where the device has them.
+        dense: True for a base that is kept dequantized.
+    """
+    device = engine.model.device
+    on_gpu = device.type != "cpu"
+    dtype = compute_dtype(BaseModelSection(name=""), str(device))
     return PackedEngine(
         engine.model,
         engine.architecture,
@@ -156,15 +165,17 @@ def packed(engine: TrlEngine, tokens: int | None = None) -> PackedEngine:
         engine.training,
         tokens_per_pass=tokens or tokens_per_pass(SearchSection(), on_gpu=on_gpu),
         autocast=dtype if dtype != torch.float32 else None,
-        grouped=dtype == torch.bfloat16 and has_grouped_products(engine.model.device),
+        grouped=dtype == torch.bfloat16 and has_grouped_products(device),
+        fused=fused and has_fused_products(device, dtype),
+        dense=dense and on_gpu,
     )
 
 
 def packed_seconds(
-    engine: TrlEngine, trial: Assignment, n: int, folder: Path, ranks: list[int] | None = None
+    engine: TrlEngine, trial: Assignment, n: int, folder: Path, ranks: list[int] | None = None, **options: bool
 ) -> tuple[float, float]:
     """Return the seconds of one step of n trials, and the peak memory in MiB. `ranks` gives each trial its rank."""
-    pack = packed(engine)
+    pack = packed(engine, **options)
     for number in range(n):
         r = ranks[number] if ranks else trial.r
         changes = {"seed": number, "r": r, "lora_alpha": r if ranks else trial.lora_alpha}

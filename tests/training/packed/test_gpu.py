@@ -40,13 +40,14 @@ def test_a_trial_out_of_memory_leaves_the_lane_usable(make_config: Callable[...,
     assert len(train(engine, tmp_path / "b")) == 3
 
 
+@pytest.mark.parametrize("fused", [False, True])
 def test_a_pack_on_the_gpu_learns_what_its_trials_learn_alone(
-    make_config: Callable[..., SearchConfig], tmp_path: Path
+    make_config: Callable[..., SearchConfig], tmp_path: Path, fused: bool
 ) -> None:
     engine = load_engine(make_config(), tmp_path, device="cuda:0")
     trials = {number: assignment(r=r, seed=number, lora_dropout=0.0) for number, r in enumerate((4, 8, 64))}
     expected = [train(engine, tmp_path / f"trl-{number}", **one.model_dump()) for number, one in trials.items()]
-    pack = packed(engine, autocast=torch.bfloat16, grouped=True)
+    pack = packed(engine, autocast=torch.bfloat16, grouped=True, fused=fused, dense=fused)
     together = run(pack, trials, tmp_path, rungs=RUNGS)
     pack.close()
     for number, alone in enumerate(expected):
