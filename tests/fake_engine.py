@@ -46,12 +46,14 @@ class FakeEngine:
         directory: Path,
         report: Callable[[RungMetrics], bool],
         resume_from: str | None,
+        stepped: Callable[[int, int], None],
     ) -> None:
         if assignment.r == 99:
             raise ValueError("always fails\nsecond line")
         done = int(resume_from.rsplit("-", 1)[1]) if resume_from else 0
         for step in range(done + 1, rungs[-1] + 1):
             time.sleep(self.step_seconds)
+            stepped(step, 100)
             if step not in rungs:
                 continue
             if assignment.r == 32:

@@ -5,12 +5,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from raylora.evaluate.dense import dense_copies
+from raylora.run.activity import tell
 from raylora.training.memory import MIB, free_memory_mib, with_less_memory
 
 MAX_PROMPTS = 64
@@ -77,7 +84,10 @@ def generate(
             batch_size = prompts_at_once(model, max(map(len, prompts), default=0) + max_new_tokens)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            answers = with_less_memory(partial(_continue, model, [prompts[index] for index in batch]), len(batch))
+            counter = _Counter(start, len(prompts), max_new_tokens)
+            answers = with_less_memory(
+                partial(_continue, model, [prompts[index] for index in batch], counter), len(batch)
+            )
             for index, ids in zip(batch, answers, strict=True):
                 token_ids[index] = _until(ids, ends)
     seconds = time.perf_counter() - began
@@ -101,7 +111,28 @@ def prompts_at_once(model: PreTrainedModel, length: int) -> int:
     return max(1, min(MAX_PROMPTS, int(free / (token_bytes * length))))
 
 
-def _continue(model: PreTrainedModel, prompts: Sequence[Sequence[int]], n_prompts: int) -> list[list[int]]:
+class _Counter(StoppingCriteria):
+    """Never stops, and says how many prompts are answered; those of a batch by their share of the longest answer.
+
+    Args:
+        n_before: prompts answered before this batch.
+        n_prompts: prompts in all.
+        max_new_tokens: longest answer in tokens.
+    """
+
+    def __init__(self, n_before: int, n_prompts: int, max_new_tokens: int) -> None:
+        self._n_prompts, self._max_new_tokens = n_prompts, max_new_tokens
+        self._n_answered = float(n_before)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.Tensor:
+        self._n_answered += len(input_ids) / self._max_new_tokens  # a token of each prompt
+        tell("answering held-out prompts", min(self._n_prompts, int(self._n_answered)), self._n_prompts)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _continue(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], counter: StoppingCriteria, n_prompts: int
+) -> list[list[int]]:
     """Return the tokens that a model generates after each prompt, `n_prompts` at once."""
     answers = []
     for start in range(0, len(prompts), n_prompts):
@@ -112,7 +143,11 @@ def _continue(model: PreTrainedModel, prompts: Sequence[Sequence[int]], n_prompt
         for row, prompt in enumerate(part):
             input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
             attention_mask[row, width - len(prompt) :] = 1
-        output = model.generate(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            stopping_criteria=StoppingCriteriaList([counter]),
+        )
         answers += output[:, width:].tolist()
     return answers
 

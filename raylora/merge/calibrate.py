@@ -26,6 +26,7 @@ from raylora.errors import MergeError
 from raylora.merge.layer_reader import LayerReader
 from raylora.merge.rounding import CalibrationInputs, calibrated
 from raylora.merge.strategies import SaveWeight
+from raylora.run.activity import tell
 from raylora.training.losses import pad
 
 SWEEPS, GAIN_SWEEPS = 2, 3
@@ -126,6 +127,7 @@ class _RoundingHook:
     ) -> None:
         self._reader, self._save, self._siblings, self._present = reader, save, siblings, present
         self._root_weights = weights[present].sqrt()[:, None]
+        self._n_rounded = 0
         self._batch: torch.Tensor | None = None
         self._inputs: CalibrationInputs | None = None
         self._rounded: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -177,3 +179,5 @@ class _RoundingHook:
         for name, grid, weight, (_, bias) in zip(names, grids, weights, targets, strict=True):
             self._save(name, store(weight, grid))
             self._rounded[name] = weight, bias
+        self._n_rounded += len(names)
+        tell("rounding layers by calibration", self._n_rounded, len(self._reader.layers))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from raylora.base import nf4
 from raylora.merge.layer_reader import LayerReader
 from raylora.merge.rounding import stochastic
+from raylora.run.activity import track
 
 Strategy = Callable[[LayerReader, str], Params4bit]
 """Function of a layer reader and a layer's name that returns the layer's merged weight."""
@@ -61,7 +62,7 @@ SaveWeight = Callable[[str, Params4bit], None]
 
 def round_layers(strategy: Strategy, reader: LayerReader, save: SaveWeight) -> None:
     """Merge all layers, with one layer in memory at a time."""
-    for name in reader.layers:
+    for name in track(reader.layers, "rounding layers"):
         save(name, strategy(reader, name))
 
 

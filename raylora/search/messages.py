@@ -80,6 +80,20 @@ class Lost:
     reason: str
 
 
+@dataclass(frozen=True)
+class Pulse:
+    """How far a lane is between two reports: for the view alone, sent now and then, maybe lost."""
+
+    steps: dict[int, int]
+    """Trial -> optimizer steps that it has taken."""
+
+    tokens_per_second: float
+    """Tokens of all its trials since the last pulse."""
+
+    memory_mib: float
+    """Peak memory of the process, or of its GPU."""
+
+
 News = Ready | Report | Failure | Return | Lost
 
 

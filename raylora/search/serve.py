@@ -1,6 +1,7 @@
 """Turns the controller's orders into training steps on an engine, and their outcome into news. Knows nothing of Ray."""
 
 import os
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,9 +16,12 @@ from raylora.errors import first_line
 from raylora.run.atomic import write_text
 from raylora.run.directory import RunDirectory
 from raylora.run.metrics import RungMetrics
-from raylora.search.messages import Failure, Leave, News, Order, Ready, Report, Return, Start
-from raylora.training.memory import OUT_OF_MEMORY
+from raylora.search.messages import Failure, Leave, News, Order, Pulse, Ready, Report, Return, Start
+from raylora.training.memory import OUT_OF_MEMORY, peak_memory_mib
 from raylora.training.packed.engine import PackedEngine
+
+PULSE_SECONDS = 1.0
+"""Least time between two pulses."""
 
 
 class Engine(Protocol):
@@ -31,6 +35,7 @@ class Engine(Protocol):
         directory: Path,
         report: Callable[[RungMetrics], bool],
         resume_from: str | None,
+        stepped: Callable[[int, int], None],
     ) -> None: ...
 
 
@@ -43,13 +48,43 @@ class Link(Protocol):
     def poll(self, *, wait: bool) -> list[Order] | None:
         """Return orders that came without being asked for; empty if there are none and `wait` is false."""
 
+    def beat(self, pulse: Pulse) -> None:
+        """Send a pulse, and do not wait for it."""
+
+
+class Heart:
+    """Sends pulses of a lane, at most one a second.
+
+    Args:
+        link: takes them.
+        clock: gives seconds.
+    """
+
+    def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
+        self._link, self._clock = link, clock
+        self._sent_at, self._n_tokens = clock(), 0
+
+    def beat(self, steps: dict[int, int], n_tokens: int) -> None:
+        """Take note of a step of the engine, and send a pulse if one is due.
+
+        Args:
+            steps: trial -> its step.
+            n_tokens: tokens of this step, of all trials together.
+        """
+        self._n_tokens += n_tokens
+        seconds = self._clock() - self._sent_at
+        if seconds >= PULSE_SECONDS:
+            self._link.beat(Pulse(steps, self._n_tokens / seconds, peak_memory_mib()))
+            self._sent_at, self._n_tokens = self._clock(), 0
+
 
 def serve_pack(engine: PackedEngine, link: Link, run: RunDirectory, ready: Ready) -> None:
     """Train the trials that the controller sends, together, until the search is over."""
-    pack = _Pack(engine, run)
+    pack, heart = _Pack(engine, run), Heart(link)
     orders = link.exchange([ready])
     while orders is not None:
         news = [news for order in orders for news in pack.obey(order)] + pack.step()
+        heart.beat({number: trial.step for number, trial in engine.trials.items()}, pack.n_tokens)
         orders = link.exchange(news) if news else link.poll(wait=not engine.trials)
 
 
@@ -60,6 +95,9 @@ class _Pack:
         self._engine, self._run = engine, run
         self._starts: dict[int, Start] = {}
         """Order that each trial on the lane was started by."""
+
+        self.n_tokens = 0
+        """Tokens that the last step trained on."""
 
     def obey(self, order: Order) -> list[News]:
         """Take a trial in or out."""
@@ -81,7 +119,7 @@ class _Pack:
 
     def step(self) -> list[News]:
         """Train all trials for one step; validate those that have reached a rung."""
-        engine = self._engine
+        engine, self.n_tokens = self._engine, 0
         if not engine.trials:
             return []
         try:
@@ -98,6 +136,7 @@ class _Pack:
             if not faults:  # the trials fail only together, as where memory is short
                 return [self._shrink(describe_failure(error))]
             return [self._drop(number, fault) for number, fault in faults.items()]
+        self.n_tokens = engine.tokens_of_step
         return [self._tell(number, metrics) for number, metrics in found.items()]
 
     def _tell(self, number: int, found: RungMetrics | Exception) -> News:
@@ -134,6 +173,7 @@ def serve_one(engine: Engine, link: Link, run: RunDirectory, ready: Ready) -> No
 def _fit(engine: Engine, link: Link, run: RunDirectory, start: Start) -> list[Order] | None:
     """Return the orders that ended the trial's stay; None once the search is over."""
     orders: list[Order] | None = []
+    heart = Heart(link)
 
     def report(metrics: RungMetrics) -> bool:
         nonlocal orders
@@ -147,6 +187,7 @@ def _fit(engine: Engine, link: Link, run: RunDirectory, start: Start) -> list[Or
             directory=run.trial(start.number),
             report=report,
             resume_from=absolute(run, start.resume_from),
+            stepped=lambda step, n_tokens: heart.beat({start.number: step}, n_tokens),
         )
     except Exception as error:
         return link.exchange([what_failed(start, error, run, alone=True, slots=1)])

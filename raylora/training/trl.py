@@ -97,6 +97,7 @@ class TrlEngine:
         directory: Path,
         report: Callable[[RungMetrics], bool],
         resume_from: str | None = None,
+        stepped: Callable[[int, int], None] | None = None,
     ) -> None:
         """Train one assignment to the last rung, or until `report` asks to stop.
 
@@ -106,6 +107,7 @@ class TrlEngine:
             directory: folder for checkpoints.
             report: takes the metrics of each rung. It returns True to stop the trial.
             resume_from: checkpoint of an earlier report to continue from.
+            stepped: takes the number of each optimizer step and its tokens.
 
         Raises:
             TrialError: the loss is not finite.
@@ -118,7 +120,7 @@ class TrlEngine:
                 args=_sft_config(assignment, self.training, rungs[-1], directory, model),
                 train_dataset=self.train.select_columns(["input_ids", "labels"]),
                 processing_class=self.tokenizer,
-                callbacks=[_RungCallback(self, model, rungs, report, arrived)],
+                callbacks=[_RungCallback(self, model, rungs, report, stepped, arrived)],
             )
             trainer.remove_callback(PrinterCallback)
             _keep_adapter_in_float32(model, assignment, resume_from)
@@ -212,9 +214,11 @@ class _RungCallback(TrainerCallback):
         model: PeftModel,
         rungs: list[int],
         report: Callable[[RungMetrics], bool],
+        stepped: Callable[[int, int], None] | None,
         arrived: float,
     ) -> None:
         self._engine, self._model, self._rungs, self._report = engine, model, rungs, report
+        self._stepped, self._epoch = stepped, 0.0
         self._losses: list[float] = []
         self._eval_loss = math.nan
         self._train_seconds = self._eval_seconds = 0.0
@@ -232,6 +236,9 @@ class _RungCallback(TrainerCallback):
         """Stop the clock. At a rung, validate and ask the trainer to save."""
         self._train_seconds += time.perf_counter() - self._step_began
         control.should_log = True
+        if self._stepped is not None:
+            self._stepped(state.global_step, round((state.epoch - self._epoch) * self._tokens_per_epoch))
+        self._epoch = state.epoch
         if state.global_step in self._rungs:
             began = time.perf_counter()
             rows = validated_rows(self._validation_lengths, state.global_step, self._rungs, self._engine.training)

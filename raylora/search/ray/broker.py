@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from raylora.search.messages import Batch, Lost, Order
+from raylora.search.messages import Batch, Lost, Order, Pulse
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Broker:
 
     def __init__(self) -> None:
         self._boxes: dict[str, _Mailbox] = {}
+        self._pulses: dict[str, Pulse] = {}
         self._closed = False
         self._changed = asyncio.Condition()
 
@@ -76,7 +77,15 @@ class Broker:
         process = await self.connect(lane)
         await self.post(Batch(lane, process, 1, [Lost(reason)]))
 
+    async def beat(self, lane: str, pulse: Pulse) -> None:
+        """Keep a lane's newest pulse; nobody waits for it."""
+        self._pulses[lane] = pulse
+
     # the controller's side
+
+    async def pulses(self) -> dict[str, Pulse]:
+        """Return the newest pulse of each lane."""
+        return dict(self._pulses)
 
     async def news(self, lane: str, n_seen: int) -> tuple[int, list[Batch]] | None:
         """Wait for batches of a lane.

@@ -20,7 +20,7 @@ from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
 from raylora.quiet import quiet_libraries
 from raylora.run.directory import RunDirectory
-from raylora.search.messages import Batch, News, Order, Ready
+from raylora.search.messages import Batch, News, Order, Pulse, Ready
 from raylora.search.plan import Plan
 from raylora.search.serve import Engine, describe_failure, serve_one, serve_pack
 from raylora.training.choose import load_engine
@@ -167,6 +167,10 @@ class BrokerLink:
         if not wait and not ray.wait([self._asked], timeout=0)[0]:
             return []
         return self._take()
+
+    def beat(self, pulse: Pulse) -> None:
+        """Send a pulse, and do not wait for it."""
+        self._broker.beat.remote(self._lane, pulse)
 
     def _take(self) -> list[Order] | None:
         reply = ray.get(self._asked)

@@ -84,6 +84,9 @@ class PackedEngine:
         self._train_rows, self._validation_rows = train, validation
         self._training, self.tokens_per_pass = training, tokens_per_pass
         self.trials: dict[int, PackedTrial] = {}
+        self.tokens_of_step = 0
+        """Tokens that the last step trained on, of all trials together."""
+
         reset_peak_memory()
 
     def close(self) -> None:
@@ -144,6 +147,7 @@ class PackedEngine:
             Exception: whatever a pass raises for another reason. No trial has lost anything; `faults` tells whose rows
                 or factors are the cause.
         """
+        self.tokens_of_step = 0
         if not self._due():
             self._train()
         return self._report(self._due())
@@ -189,7 +193,7 @@ class PackedEngine:
         if self._on_gpu and self._due():
             torch.cuda.synchronize()  # what is still under way belongs to training, not to validation
         seconds = time.perf_counter() - began
-        n_tokens = sum(batch.n_tokens for batch in batches)
+        self.tokens_of_step = n_tokens = sum(batch.n_tokens for batch in batches)
         for trial, batch, loss in zip(owners, batches, losses, strict=True):
             trial.losses.append(loss)
             trial.tokens_seen += batch.n_tokens

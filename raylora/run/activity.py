@@ -1,0 +1,104 @@
+"""Says what a run directory's process is doing now: `activity.json`, for the terminal and for `raylora status`.
+
+Long loops wrap what they go through in `track`, or `tell`. They need not know whether anybody watches.
+"""
+
+import json
+import os
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+SECONDS = 1.0
+"""Least time between two writes."""
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What is being done, and how far it is."""
+
+    what: str
+    """A phrase such as `answering held-out prompts`."""
+
+    done: int
+    total: int
+    time: float = field(default_factory=time.time)
+    """Seconds since 1970."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    """More to show."""
+
+
+class _Watch:
+    """File that somebody watches.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._written_at = path, -SECONDS
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Write how far the work is, if that is due."""
+        if time.monotonic() - self._written_at >= SECONDS:
+            write_activity(self._path, Activity(what, done, total))
+            self._written_at = time.monotonic()
+
+
+_watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched(path: Path) -> Iterator[None]:
+    """Write the activity of the block to a file, which is removed at its end."""
+    token = _watch.set(_Watch(path))
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def tell(what: str, done: int, total: int) -> None:
+    """Say how far the work is, at most once a second, if anybody watches. Arguments are those of `Activity`."""
+    if (watch := _watch.get()) is not None:
+        watch.tell(what, done, total)
+
+
+def track(items: Collection[Item], what: str) -> Iterator[Item]:
+    """Yield items, and say before each how many are done.
+
+    Args:
+        items: what a loop goes through.
+        what: as in `Activity`.
+    """
+    for done, item in enumerate(items):
+        tell(what, done, len(items))
+        yield item
+
+
+def write_activity(path: Path, activity: Activity) -> None:
+    """Replace the file by another activity. A full disk costs the view only.
+
+    The file is not synced to the disk: it says nothing of value after a power cut.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        temporary.write_text(json.dumps(asdict(activity), ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def read_activity(path: Path) -> Activity | None:
+    """Return what is being done; None if nothing is, or nobody has said so yet."""
+    try:
+        return Activity(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
