@@ -2,7 +2,14 @@
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STDERR = 2
+"""File descriptor of standard error."""
 
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -45,6 +52,25 @@ WARNINGS = (
     ".*is experimental \\(supported from",
 )
 """Beginnings of warnings that are known and change nothing, as regular expressions; others are shown."""
+
+
+@contextmanager
+def stderr_into(path: Path) -> Iterator[None]:
+    """Append what this process and its libraries write to standard error inside the block to a file.
+
+    Ray's own code writes there past Python, as when a node dies.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    kept = os.dup(STDERR)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), STDERR)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, STDERR)
+        os.close(kept)
 
 
 def quiet_libraries() -> None:

@@ -12,6 +12,7 @@ from raylora.export.__main__ import export
 from raylora.merge.__main__ import merge
 from raylora.report.__main__ import report
 from raylora.search.__main__ import search
+from raylora.status import status
 from raylora.trial import trial
 
 app = typer.Typer(
@@ -19,5 +20,5 @@ app = typer.Typer(
 )
 for function in (search, trial, merge):
     app.command(context_settings=OVERRIDES)(function)
-for function in (evaluate, report, export, doctor):
+for function in (status, evaluate, report, export, doctor):
     app.command()(function)

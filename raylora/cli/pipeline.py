@@ -9,28 +9,38 @@ from rich.console import Console
 
 from raylora.config.load import dump_config
 from raylora.config.schema import SearchConfig
-from raylora.data.prepare import PreparedData
 from raylora.evaluate.heldout import evaluate_run
 from raylora.merge.gate import check_tolerance
 from raylora.merge.run import merge_run, save_best_adapter
+from raylora.quiet import stderr_into
 from raylora.report.page import write_report
 from raylora.report.progress import Progress
 from raylora.report.screen import print_summary
+from raylora.report.stage import Stage
+from raylora.report.start import show_plan
+from raylora.run.activity import write_activity
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory, check_same_data, with_pinned_commits
 from raylora.run.events import EventLog, read_events
 from raylora.run.provenance import write_provenance
 from raylora.search.controller import SearchController
+from raylora.search.messages import Pulse
 from raylora.search.plan import Plan, make_plan
 from raylora.search.ray.cluster import call_on_device, cluster_devices, connected, local_devices, local_ray
 from raylora.search.ray.lane import lane_settings
 from raylora.search.ray.run import run_search, start_broker
 from raylora.search.views import Views
-from raylora.training.memory import Fit
 
 
 def run_pipeline(
-    run: RunDirectory, config: SearchConfig, screen: Console, *, address: str | None, dry_run: bool
+    run: RunDirectory,
+    config: SearchConfig,
+    screen: Console,
+    *,
+    address: str | None,
+    dry_run: bool,
+    verbose: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Run a search to its end and merge, check and report its best trial.
 
@@ -40,26 +50,35 @@ def run_pipeline(
         screen: shows plan, progress and tables.
         address: Ray cluster to use; None starts a local instance.
         dry_run: show the plan and stop.
+        verbose: show all settings before the start.
+        quiet: show nothing but the result.
 
     Raises:
         RayloraError: the settings, data, model or machine do not allow it, or the search or merge failed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything is kept.
     """
+    result, screen = screen, Console(quiet=True) if quiet else screen
     with ExitStack() as stack:
         if address:
             stack.enter_context(connected(address))
         devices = cluster_devices() if address else local_devices()
-        plan = make_plan(with_pinned_commits(config, run), run, devices)
+        with screen.status("reading base and data ..."):
+            plan = make_plan(with_pinned_commits(config, run), run, devices)
         check_same_data(run, plan.data.fingerprint)
-        _show_plan(screen, plan)
+        if verbose:
+            screen.print(dump_config(plan.config), style="dim")
+        show_plan(screen, plan)
         if dry_run:
             screen.print("dry run: nothing was started")
             return
+        stack.enter_context(stderr_into(run.logs / "ray.log"))
         if not address:
-            stack.enter_context(local_ray(devices))
+            stack.enter_context(local_ray(devices, logs=run.logs / "ray"))
         write_provenance(run, plan.config, _facts(plan))
         _search(run, plan, screen)
         _finish(run, plan, screen)
+    print_summary(run, result)
+    check_tolerance(read_json(run.merge_file))
 
 
 def _search(run: RunDirectory, plan: Plan, screen: Console) -> None:
@@ -68,17 +87,23 @@ def _search(run: RunDirectory, plan: Plan, screen: Console) -> None:
     controller = SearchController(plan.config, plan.rungs, log, events=events, n_lanes=plan.n_lanes)
     broker = start_broker()
     try:
-        with Progress(controller.state, plan.config.n_trials(), screen) as progress:
+        with Progress(controller.state, plan.config, plan.rungs, screen, str(run.logs)) as progress:
             views = Views(run, plan.config, controller.state, events, progress.note)
             controller.listen(progress.show)
             controller.listen(views.add)
-            run_search(run, lane_settings(run, plan, broker), broker, controller, views, progress.note)
+
+            def beat(pulses: dict[str, Pulse]) -> None:
+                progress.beat(pulses)
+                write_activity(run.activity_file, progress.activity())
+
+            run_search(run, lane_settings(run, plan, broker), broker, controller, views, progress.note, beat)
             screen.print(progress.summary())
     except KeyboardInterrupt:
         screen.print(f"interrupted; everything is kept. Go on with: --output {run.path} --resume")
         raise
     finally:
         log.close()
+        run.activity_file.unlink(missing_ok=True)
 
 
 def _finish(run: RunDirectory, plan: Plan, screen: Console) -> None:
@@ -86,43 +111,9 @@ def _finish(run: RunDirectory, plan: Plan, screen: Console) -> None:
     best = save_best_adapter(run)
     screen.print(f"best: trial {best.number}, eval_loss {best.eval_loss:.4f}; adapter in {run.best_adapter}")
     for what, step in (("merging into the base", merge_run), ("generating on held-out prompts", evaluate_run)):
-        screen.print(f"{what} ...")
-        call_on_device(step, run, on_gpu=plan.on_gpu, n_cpus=plan.node_cpus)
+        with Stage(what, run.activity_file, screen) as stage:
+            call_on_device(step, run, on_gpu=plan.on_gpu, n_cpus=plan.node_cpus, waiting=stage.refresh)
     write_report(run)
-    print_summary(run, screen)
-    check_tolerance(read_json(run.merge_file))
-
-
-def _show_plan(screen: Console, plan: Plan) -> None:
-    screen.print(dump_config(plan.config), style="dim")
-    _show_data(screen, plan.data)
-    memory = plan.memory
-    full = Fit(plan.slots, plan.tokens_per_pass, plan.config.training.gradient_checkpointing is True)
-    screen.print(
-        f"trials: {plan.config.n_trials()} of at most {plan.rungs[-1]} steps, validated at steps "
-        f"{', '.join(map(str, plan.rungs))}\n"
-        f"lanes: {plan.n_lanes} on {'a GPU' if plan.on_gpu else 'the CPU'} each, {plan.threads} threads, up to "
-        f"{plan.slots} trials at once\n"
-        f"memory, estimated: base {memory.base_mib:.0f} MiB, a trial at most {memory.trial_mib:.0f}; "
-        f"{memory.total_mib(full):.0f} with {plan.slots} of them and "
-        f"{plan.tokens_per_pass} tokens a pass"
-    )
-    for line in plan.notes:
-        screen.print(line)
-
-
-def _show_data(screen: Console, data: PreparedData) -> None:
-    """Show rows, tokens, lengths, and what was left out or looks wrong."""
-    for part, summary in data.summaries.items():
-        screen.print(
-            f"{part}: {summary.rows} rows, {summary.tokens} tokens ({summary.trained_tokens} with loss), length median "
-            f"{summary.length_p50}, 95 % {summary.length_p95}, longest {summary.length_max}; {summary.n_long} over "
-            f"max_length, {summary.n_dropped} dropped"
-        )
-    if data.n_overlapping or data.n_duplicates:
-        screen.print(f"{data.n_overlapping} overlapping training rows left out, {data.n_duplicates} duplicates kept")
-    for line in data.notes():
-        screen.print(line)
 
 
 def _facts(plan: Plan) -> dict[str, object]:

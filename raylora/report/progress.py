@@ -1,27 +1,52 @@
-"""Shows a search as it goes on: a live table on a terminal, plain lines elsewhere."""
+"""Shows a search as it goes on: a live view on a terminal; elsewhere plain lines, one every ten seconds at least."""
 
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raylora.config.schema import SearchConfig
+from raylora.run.activity import Activity
 from raylora.run.events import Event, Failed, Finished, LaneLost, LaneUp, Reported, Stopped
 from raylora.run.state import ENDED, STATES, SearchState, TrialRow
+from raylora.search.forecast import Forecaster
+from raylora.search.messages import Pulse
 
-MAX_ROWS = 20
+MAX_ROWS = 16
+"""Trials in the live table: those that train, and the leaders."""
+
+SEARCHING = "searching"
+"""The activity while trials train."""
+
+LINE_SECONDS = 10.0
+"""Time between two plain lines on how far the search is."""
 
 
 class Progress:
-    """Use as a context manager around the search."""
+    """Use as a context manager around the search.
 
-    def __init__(self, state: SearchState, n_trials: int, console: Console) -> None:
-        self._state, self._n_trials, self._console = state, n_trials, console
-        self._began = time.monotonic()
-        self._n_before = sum(state.count(ended) for ended in ENDED)
+    Args:
+        state: the search, which changes.
+        config: settings of the search.
+        rungs: optimizer steps at which trials are compared.
+        console: shows it.
+        logs: folder of logs, named where a lane is lost.
+    """
+
+    def __init__(
+        self, state: SearchState, config: SearchConfig, rungs: list[int], console: Console, logs: str = "logs"
+    ) -> None:
+        self._state, self._n_trials, self._console, self._logs = state, config.n_trials(), console, logs
+        self._forecaster = Forecaster(config, rungs)
+        self._pulses: Mapping[str, Pulse] = {}
+        self._began, self._shown_at = time.time(), time.monotonic()
         self._live = (
-            Live(console=console, refresh_per_second=2, get_renderable=self._render) if console.is_terminal else None
+            Live(console=console, refresh_per_second=2, get_renderable=self.view) if console.is_terminal else None
         )
 
     def __enter__(self) -> "Progress":
@@ -41,7 +66,8 @@ class Progress:
             case LaneUp() if event.facts.get("notes"):
                 self.note(f"lane {event.lane}: {'; '.join(event.facts['notes'])}")
             case LaneLost():
-                self.note(f"lane {event.lane}: {event.reason}" + ("" if event.for_good else "; it is up again"))
+                after = f"; its output is in {self._logs}" if event.for_good else "; it is up again"
+                self.note(f"lane {event.lane}: {event.reason}{after}")
             case Reported() if not self._live:
                 row = self._state.trials[event.number]
                 self.note(f"trial {row.number}: step {row.step}/{row.max_steps}, eval_loss {row.eval_loss:.4f}")
@@ -49,45 +75,105 @@ class Progress:
                 row = self._state.trials[event.number]
                 self.note(f"trial {row.number}: {row.state}{_because(row)} ({_settings(row)}); {self.summary()}")
 
+    def beat(self, pulses: Mapping[str, Pulse]) -> None:
+        """Take in the newest pulse of each lane; without a terminal, say now and then how far the search is."""
+        is_new = pulses != self._pulses
+        self._pulses = pulses
+        if is_new and not self._live and time.monotonic() - self._shown_at >= LINE_SECONDS:
+            self.note(self.summary())
+
     def note(self, text: str) -> None:
         """Print a line that the user should see meanwhile."""
         self._console.print(text)
+        self._shown_at = time.monotonic()
+
+    def activity(self) -> Activity:
+        """Return how far the search is, with the pulses of the lanes, for `activity.json`."""
+        forecast = self._forecaster.forecast(self._state, time.time(), self._steps())
+        pulses = {name: asdict(pulse) for name, pulse in self._pulses.items()}
+        facts = {"seconds_left": forecast.seconds_left, "pulses": pulses}
+        return Activity(SEARCHING, forecast.steps_done, forecast.steps_expected, facts=facts)
 
     def summary(self) -> str:
-        """Return counts, best so far and time left, in one line."""
+        """Return trials by state, the best loss, steps, time left and GPU-hours, in one line."""
         state = self._state
-        ended = sum(state.count(name) for name in ENDED)
         counts = ", ".join(f"{state.count(name)} {name}" for name in reversed(STATES) if state.count(name))
+        ended = sum(state.count(name) for name in ENDED)
         best = state.best()
-        best_text = f"best {best.final_loss:.4f} (trial {best.number})" if best else "no best yet"
-        return f"{ended}/{self._n_trials} trials: {counts}; {best_text}; {self._time_left(ended)}"
+        parts = [
+            f"{ended}/{self._n_trials} trials: {counts}" if counts else f"{ended}/{self._n_trials} trials",
+            f"best {best.final_loss:.4f} (trial {best.number})" if best else "no best yet",
+        ]
+        forecast = self._forecaster.forecast(state, time.time(), self._steps())
+        if ended < self._n_trials or forecast.steps_left:
+            parts.append(f"step {forecast.steps_done:,} of about {forecast.steps_expected:,}")
+            parts.append(time_left(forecast.seconds_left))
+        gpus = [lane.facts["ready_at"] for lane in state.lanes.values() if lane.facts.get("device", "cpu") != "cpu"]
+        if gpus and state.numbers("running"):
+            used = sum(time.time() - ready_at for ready_at in gpus) / 3600
+            left = len(gpus) * (forecast.seconds_left or 0.0) / 3600
+            parts.append(f"{used:.2f} GPU-hours of about {used + left:.2f}")
+        return "; ".join(parts)
 
-    def _time_left(self, ended: int) -> str:
-        done = ended - self._n_before
-        if done < 1:
-            return "time left unknown"
-        seconds = (time.monotonic() - self._began) / done * max(0, self._n_trials - ended)
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
-
-    def _render(self) -> Group:
+    def view(self) -> Group:
+        """Return the live view: the search, its lanes, and the trials that train or lead."""
+        parts = [Text(self.summary()), *(Text(line, style="dim") for line in self._lanes())]
+        steps = self._steps()
         table = Table(box=None, pad_edge=False)
-        for column in ("trial", "state", "step", "eval_loss", "train_loss", "r", "alpha", "dropout", "lr", "tokens/s"):
-            table.add_column(column, justify="left" if column == "state" else "right")
+        for column in ("trial", "state", "", "step", "eval_loss", "r", "alpha", "dropout", "lr", "tokens/s"):
+            table.add_column(column, justify="left" if column in ("state", "") else "right")
         best = self._state.best()
         styles = {"failed": "red", "stopped": "dim", "paused": "dim", "queued": "dim", "running": "cyan"}
-        for row in list(self._state.trials.values())[-MAX_ROWS:]:
+        for row in self._rows():
             style = "bold green" if best and row.number == best.number else styles.get(row.state)
-            table.add_row(*_cells(row), style=style)
-        return Group(table, Text(self.summary()))
+            step = steps.get(row.number, row.step)
+            bar = ProgressBar(row.max_steps, step, width=12) if row.state == "running" else ""
+            table.add_row(str(row.number), row.state, bar, *_cells(row, step), style=style)
+        return Group(*parts, table)
+
+    def _rows(self) -> list[TrialRow]:
+        """Return the trials that train, and the leaders; then those that wait."""
+        running = [self._state.trials[number] for number in sorted(self._state.numbers("running"))]
+        leaders = [row for row in self._state.leaders(MAX_ROWS) if row.state != "running"]
+        queued = [self._state.trials[number] for number in sorted(self._state.numbers("queued"))]
+        rest = [row for row in queued if row not in leaders]
+        return (running + leaders + rest)[:MAX_ROWS]
+
+    def _lanes(self) -> list[str]:
+        """Return a line for each lane."""
+        lines = []
+        for name, lane in self._state.lanes.items():
+            line = f"lane {name} ({lane.facts.get('device', '?')}): {len(lane.trials)} of {lane.slots} slots"
+            if lane.lost is not None:
+                line = f"lane {name} is lost: {lane.lost}"
+            elif (pulse := self._pulses.get(name)) is not None:
+                line += f", {pulse.tokens_per_second:,.0f} tokens/s, peak {pulse.memory_mib:,.0f} MiB"
+            lines.append(line)
+        return lines or [f"lanes load the base ... {time.time() - self._began:.0f} s"]
+
+    def _steps(self) -> dict[int, int]:
+        """Return the step of each running trial that is past its last report."""
+        found: dict[int, int] = {}
+        for name, pulse in self._pulses.items():
+            lane = self._state.lanes.get(name)
+            for number in lane.trials & pulse.steps.keys() if lane is not None else ():
+                found[number] = max(pulse.steps[number], self._state.trials[number].step)
+        return found
 
 
-def _cells(row: TrialRow) -> list[str]:
+def time_left(seconds: float | None) -> str:
+    """Return a time as people say it."""
+    if seconds is None:
+        return "time left unknown"
+    if seconds >= 5400:
+        return f"about {seconds / 3600:.1f} h left"
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+
+def _cells(row: TrialRow, step: int) -> list[str]:
     return [
-        str(row.number),
-        row.state + (_because(row) if row.state == "failed" else ""),
-        f"{row.step}/{row.max_steps}",
+        f"{step}/{row.max_steps}",
         "-" if row.eval_loss is None else f"{row.eval_loss:.4f}",
-        "-" if row.train_loss is None else f"{row.train_loss:.4f}",
         str(row.r),
         f"{row.lora_alpha:g}",
         f"{row.lora_dropout:.3f}",

@@ -64,6 +64,11 @@ class RunDirectory:
         return self.path / "report.md"
 
     @property
+    def activity_file(self) -> Path:
+        """What the process of this run directory does now; there while it does something."""
+        return self.path / "activity.json"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -35,6 +35,15 @@ def locked(folder: Path) -> Iterator[None]:
         raise RunDirectoryError(f"{folder} is in use by {_owner(folder)}; wait for it, or end it first") from error
 
 
+def user_of(folder: Path) -> str | None:
+    """Return the process that holds a run directory, in words; None if none does."""
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return None
+    except Timeout:
+        return _owner(folder)
+
+
 def made_once(directory: Path, make: Callable[[Path], None]) -> Path:
     """Return a cached folder, and make it first if it is missing; processes that want the same one wait.
 

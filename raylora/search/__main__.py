@@ -26,6 +26,8 @@ def search(
     address: Annotated[
         str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use, e.g. auto; none starts a local one.")
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all settings before the start.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but the result.")] = False,
     merge_tolerance: Annotated[float | None, typer.Option(help="As --merge.tolerance.")] = None,
 ) -> None:
     """Search, then merge and check the best trial. Any setting of the file: --section.key value."""
@@ -38,7 +40,7 @@ def search(
     with nullcontext() if dry_run else locked(run.path):
         from raylora.cli.pipeline import run_pipeline  # noqa: PLC0415  # loads torch and Ray: not for a wrong setting
 
-        run_pipeline(run, config, console(), address=address, dry_run=dry_run)
+        run_pipeline(run, config, console(), address=address, dry_run=dry_run, verbose=verbose, quiet=quiet)
 
 
 if __name__ == "__main__":

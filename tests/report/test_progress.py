@@ -1,18 +1,31 @@
 """Progress of a search on a terminal: a line for each event that matters."""
 
 import io
+import time
 
+import pytest
 from rich.console import Console
 
+from raylora.config.load import build_config
+from raylora.config.schema import SearchConfig
 from raylora.report.progress import Progress
 from raylora.run.events import Event, LaneLost, LaneUp, Paused, Stopped
 from raylora.run.state import SearchState
+from raylora.search.messages import Pulse
 from tests.helpers import SESSION, history_of
+
+RUNGS = [3, 9]
+
+
+def config() -> SearchConfig:
+    space = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    sections = {"base_model": {"name": "x"}, "data": {"train": "y"}, "space": space}
+    return build_config({**sections, "search": {"n_trials": 3, "finalists": 1}}, source="test")
 
 
 def shown(*events: Event) -> list[str]:
     state, output = SearchState(), io.StringIO()
-    with Progress(state, 3, Console(file=output, width=200)) as progress:
+    with Progress(state, config(), RUNGS, Console(file=output, width=200)) as progress:
         for event in events:
             state.apply(event)
             progress.show(event)
@@ -47,4 +60,44 @@ def test_a_lost_lane_is_named() -> None:
     assert shown(SESSION, lane, LaneLost("0", "its process ended", for_good=False, blames_trials=True)) == [
         "lane 0: its process ended; it is up again"
     ]
-    assert shown(SESSION, lane, LaneLost("0", "node died", for_good=True, blames_trials=False)) == ["lane 0: node died"]
+    assert shown(SESSION, lane, LaneLost("0", "node died", for_good=True, blames_trials=False)) == [
+        "lane 0: node died; its output is in logs"
+    ]
+
+
+def searching() -> SearchState:
+    """A trial that has finished, one on its way to the first rung, and a third to come."""
+    state = SearchState()
+    lane = LaneUp("0", 1, 8, {"device": "a GPU", "ready_at": 0.0})
+    for event in (SESSION, lane, *history_of(0, {3: 4.0, 9: 1.0}, "finished"), *history_of(1, {})):
+        state.apply(event)
+    return state
+
+
+def test_pulses_move_the_steps_and_the_view_between_two_reports() -> None:
+    output = io.StringIO()
+    progress = Progress(searching(), config(), RUNGS, Console(file=output, width=200))
+    progress.beat({"0": Pulse({0: 9, 1: 2}, tokens_per_second=1234.5, memory_mib=2048.0)})
+    # 9 + 2 steps are taken; 1 is left to the rung, and 3 of the third trial
+    assert "step 11 of about 15" in progress.summary()
+    Console(file=output, width=200).print(progress.view())
+    view = output.getvalue()
+    assert "lane 0 (a GPU): 1 of 8 slots, 1,234 tokens/s, peak 2,048 MiB" in view
+    assert "2/9" in view and "GPU-hours of about" in view
+    assert progress.activity().done == 11 and progress.activity().total == 15
+
+
+def test_a_pulse_of_a_trial_that_has_left_moves_nothing() -> None:
+    progress = Progress(searching(), config(), RUNGS, Console(file=io.StringIO()))
+    progress.beat({"0": Pulse({0: 4, 7: 5}, 1.0, 1.0), "9": Pulse({1: 2}, 1.0, 1.0)})
+    assert "step 9 of about 15" in progress.summary()
+
+
+def test_plain_lines_come_every_ten_seconds_if_something_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, output = [100.0], io.StringIO()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress(searching(), config(), RUNGS, Console(file=output, width=200))
+    for second, step in ((101, 1), (111, 1), (112, 2), (113, 3), (122.5, 3), (130, 3)):
+        now[0] = second
+        progress.beat({"0": Pulse({1: step}, 1.0, 1.0)})
+    assert [line.split("; ")[2] for line in output.getvalue().splitlines()] == ["step 11 of about 15"]

@@ -9,8 +9,8 @@ import torch
 
 from raylora.config.schema import SearchConfig
 from raylora.run.directory import RunDirectory
-from raylora.search.messages import Failure, Leave, News, Order, Ready, Report, Return, Start
-from raylora.search.serve import serve_one, serve_pack
+from raylora.search.messages import Failure, Leave, News, Order, Pulse, Ready, Report, Return, Start
+from raylora.search.serve import Heart, serve_one, serve_pack
 from raylora.training.packed.engine import PackedEngine
 from raylora.training.trl import TrlEngine
 from tests.fake_engine import FakeEngine
@@ -46,6 +46,7 @@ class Script:
         self._orders = list(orders)
         self.news: list[News] = []
         self.waited = 0
+        self.pulses: list[Pulse] = []
 
     def exchange(self, news: list[News]) -> list[Order] | None:
         self.news += news
@@ -54,6 +55,9 @@ class Script:
     def poll(self, *, wait: bool) -> list[Order] | None:
         self.waited += wait
         return None if wait else []
+
+    def beat(self, pulse: Pulse) -> None:
+        self.pulses.append(pulse)
 
     @property
     def reports(self) -> list[tuple[int, int]]:
@@ -265,3 +269,16 @@ def test_one_trial_at_a_time_fails_and_the_next_is_taken(tmp_path: Path) -> None
     assert link.waited == 1  # for the trial after the last
     assert link.failures == {0: "ValueError: always fails"}
     assert link.reports == [(1, 1)]
+
+
+def test_a_lane_beats_once_a_second_with_the_speed_since_its_last_beat() -> None:
+    now, link = [0.0], Script()
+    heart = Heart(link, clock=lambda: now[0])
+    for second, step in ((0.4, 1), (1.2, 2), (1.6, 3), (2.2, 4)):
+        now[0] = second
+        heart.beat({0: step}, n_tokens=60)
+    first, second = link.pulses
+    # 120 tokens in 1.2 seconds, and 120 in 1
+    assert first.steps == {0: 2} and first.tokens_per_second == pytest.approx(100)
+    assert second.steps == {0: 4} and second.tokens_per_second == pytest.approx(120)
+    assert first.memory_mib > 0

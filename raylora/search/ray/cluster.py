@@ -13,6 +13,8 @@ import ray
 import torch
 import yaml
 
+from raylora.run.activity import watched
+from raylora.run.directory import RunDirectory
 from raylora.search.plan import Devices
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -33,8 +35,13 @@ def connected(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def local_ray(devices: Devices) -> Iterator[None]:
-    """Start a Ray instance of our own on this machine, of which nothing is left afterwards."""
+def local_ray(devices: Devices, logs: Path | None = None) -> Iterator[None]:
+    """Start a Ray instance of our own on this machine, of which nothing is left afterwards but its output.
+
+    Args:
+        devices: devices of this machine.
+        logs: folder that receives what Ray's processes have written to standard error; None keeps nothing.
+    """
     # a short private directory: Ray's sockets lie in it, and a socket's path may have 107 characters
     directory = tempfile.mkdtemp(prefix="raylora-")
     for name, value in LOCAL_ENVIRONMENT.items():
@@ -51,19 +58,47 @@ def local_ray(devices: Devices) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if logs is not None:
+            _keep_output(Path(directory), logs)
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def call_on_device(function: Callable[..., Any], *arguments: Any, on_gpu: bool, n_cpus: int) -> Any:
+def _keep_output(directory: Path, logs: Path) -> None:
+    """Copy what the processes of a Ray instance have written to standard error, the newest version of each."""
+    for file in directory.glob("session_*/logs/*.err"):
+        if not file.is_symlink() and file.stat().st_size:
+            logs.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, logs)
+
+
+def call_on_device(
+    function: Callable[[RunDirectory], Any],
+    run: RunDirectory,
+    *,
+    on_gpu: bool,
+    n_cpus: int,
+    waiting: Callable[[], None],
+) -> Any:
     """Call a function in a process of its own, where a lane could be, and return its result.
 
     Args:
-        function: called with `arguments`; both are pickled.
+        function: called with the run directory, whose `activity.json` says how far it is.
+        run: the run directory.
         on_gpu: reserve a GPU.
         n_cpus: reserve so many CPUs without a GPU; Ray gives the process as many threads.
+        waiting: called again and again meanwhile.
     """
     remote = ray.remote(num_cpus=1, num_gpus=1) if on_gpu else ray.remote(num_cpus=n_cpus)
-    return ray.get(remote(function).remote(*arguments))
+    result = remote(_call_watched).remote(function, run)
+    while not ray.wait([result], timeout=0.5)[0]:
+        waiting()
+    return ray.get(result)
+
+
+def _call_watched(function: Callable[[RunDirectory], Any], run: RunDirectory) -> Any:
+    """Call a function, and let its loops say how far they are."""
+    with watched(run.activity_file):
+        return function(run)
 
 
 def local_devices() -> Devices:

@@ -20,11 +20,12 @@ from raylora.run.atomic import write_json
 from raylora.run.directory import RunDirectory
 from raylora.run.state import SearchState
 from raylora.search.controller import SearchController
+from raylora.search.messages import Pulse
 from raylora.search.ray.broker import Broker
 from raylora.search.ray.lane import LaneSettings, lane_trainer
 from raylora.search.ray.searcher import LaneSearcher
 from raylora.search.ray.tune_trial import LaneTrial
-from raylora.search.serve import describe_failure
+from raylora.search.serve import PULSE_SECONDS, describe_failure
 from raylora.search.views import Views
 
 PATIENCE_SECONDS = 120
@@ -38,6 +39,7 @@ def run_search(
     controller: SearchController,
     views: Views,
     note: Callable[[str], None],
+    beat: Callable[[dict[str, Pulse]], None],
 ) -> None:
     """Run trials until the search's total is reached. Ray must be initialised.
 
@@ -48,6 +50,7 @@ def run_search(
         controller: decides; its state is that of the search.
         views: kept up to date.
         note: shows the user a line.
+        beat: takes the newest pulse of each lane, about once a second.
 
     Raises:
         SearchError: the first trials all failed, no trial finished, or the machines do not allow the search to go on.
@@ -57,7 +60,7 @@ def run_search(
     try:
         controller.begin(socket.gethostname(), os.getpid())
         if not controller.done:
-            _train(run, lanes, broker, controller, views, note, interruption)
+            _train(run, lanes, broker, controller, views, note, beat, interruption)
             _write_lanes(run, controller.state)
         if interruption.came and not controller.over:
             controller.interrupt()
@@ -84,6 +87,7 @@ def _train(
     controller: SearchController,
     views: Views,
     note: Callable[[str], None],
+    beat: Callable[[dict[str, Pulse]], None],
     interruption: "_Interruption",
 ) -> None:
     # Tune's only way to let it start a trial for each lane at once
@@ -105,7 +109,7 @@ def _train(
             run_config=tune.RunConfig(
                 name=f"tune-{time.time_ns()}",
                 storage_path=str(run.logs / "tune"),
-                stop=_Stopper(interruption, broker, views),
+                stop=_Stopper(interruption, broker, views, beat),
                 failure_config=tune.FailureConfig(max_failures=-1),  # a `LaneTrial` that died is started again
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # lanes keep the checkpoints
                 verbose=0,
@@ -147,8 +151,18 @@ class _Interruption:
 class _Stopper(tune.Stopper):
     """Ends Tune's loop between two batches; Tune asks it several times a second, whatever happens."""
 
-    def __init__(self, interruption: _Interruption, broker: ActorHandle, views: Views) -> None:
-        self._interruption, self._broker, self._views = interruption, broker, views
+    def __init__(
+        self,
+        interruption: _Interruption,
+        broker: ActorHandle,
+        views: Views,
+        beat: Callable[[dict[str, Pulse]], None],
+    ) -> None:
+        self._interruption, self._broker, self._views, self._beat = interruption, broker, views, beat
+        self._asked: ray.ObjectRef | None = None
+        """Pulses that the broker was asked for."""
+
+        self._asked_at = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its settings for `Tuner.restore`, which is not used here."""
@@ -159,9 +173,18 @@ class _Stopper(tune.Stopper):
 
     def stop_all(self) -> bool:
         self._views.write_if_due()
+        self._take_pulses()
         if self._interruption.came:
             self._broker.close.remote()
         return self._interruption.came
+
+    def _take_pulses(self) -> None:
+        """Hand on the pulses that were asked for, if they are there, and ask again once a second."""
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+            self._beat(ray.get(self._asked))
+            self._asked = None
+        if self._asked is None and time.monotonic() - self._asked_at >= PULSE_SECONDS:
+            self._asked, self._asked_at = self._broker.pulses.remote(), time.monotonic()
 
 
 def _start_lane(settings: LaneSettings, ending: threading.Event) -> threading.Thread:

@@ -75,11 +75,11 @@ def search(make_config: Callable[..., SearchConfig], tmp_path: Path) -> Callable
         ]
         output.truncate(0)
         try:
-            with Progress(controller.state, config.n_trials(), Console(file=output, width=200)) as progress:
+            with Progress(controller.state, config, rungs, Console(file=output, width=200)) as progress:
                 views = Views(run, config, controller.state, events, progress.note)
                 controller.listen(progress.show)
                 controller.listen(views.add)
-                run_search(run, settings, broker, controller, views, progress.note)
+                run_search(run, settings, broker, controller, views, progress.note, progress.beat)
         finally:
             log.close()
         return controller.state

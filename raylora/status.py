@@ -1,0 +1,38 @@
+"""Shows how far a search is that runs elsewhere, from the files of its run directory.
+
+Run as `python -m raylora.status RUN_DIRECTORY`.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raylora.cli.command import command, console, run_command
+from raylora.report.progress import SEARCHING, Progress
+from raylora.run.activity import read_activity
+from raylora.run.directory import existing_run
+from raylora.run.lock import user_of
+from raylora.run.state import SearchState
+from raylora.search.messages import Pulse
+
+
+@command
+def status(run_directory: Annotated[Path, typer.Argument(help="Folder of a search.")]) -> None:
+    """Show trials, best loss and time left of a search, while it runs or after."""
+    run, screen = existing_run(run_directory), console()
+    state, activity = SearchState.load(run), read_activity(run.activity_file)
+    user = user_of(run.path)
+    progress = Progress(state, run.config(), run.provenance()["rungs"], screen)
+    if user is not None and activity is not None and activity.what == SEARCHING:
+        progress.beat({name: Pulse(**values) for name, values in activity.facts["pulses"].items()})
+    screen.print(progress.view())
+    if user is None:
+        screen.print("nothing runs here now" + (f"; report: {run.report_file}" if run.report_file.is_file() else ""))
+    else:
+        doing = f"{activity.what}: {activity.done:,} of {activity.total:,}" if activity else "between two stages"
+        screen.print(f"{user}; {doing}")
+
+
+if __name__ == "__main__":
+    run_command(status)
