@@ -60,8 +60,16 @@ class RunDirectory:
         return self.path / "evaluation.json"
 
     @property
+    def answers_file(self) -> Path:
+        return self.path / "answers.jsonl"
+
+    @property
     def report_file(self) -> Path:
         return self.path / "report.md"
+
+    @property
+    def page_file(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def logs(self) -> Path:
