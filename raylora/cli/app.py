@@ -6,6 +6,7 @@ Command modules import torch and Ray inside their functions, so that `raylora --
 import typer
 
 from raylora.cli.command import OVERRIDES
+from raylora.compare import compare
 from raylora.doctor import doctor
 from raylora.evaluate.__main__ import evaluate
 from raylora.export.__main__ import export
@@ -19,5 +20,5 @@ app = typer.Typer(
 )
 for function in (search, trial, merge):
     app.command(context_settings=OVERRIDES)(function)
-for function in (evaluate, report, export, doctor):
+for function in (evaluate, report, compare, export, doctor):
     app.command()(function)
