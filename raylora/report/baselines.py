@@ -102,22 +102,21 @@ def nearest(facts: RunFacts, baseline: Baseline) -> TrialRow | None:
 def _compare(facts: RunFacts, chosen: TrialRow, baseline: Baseline) -> str:
     """Return a sentence on the best trial against one baseline."""
     trial = nearest(facts, baseline)
-    said = f"{str(baseline)[0].upper()}{str(baseline)[1:]}"
     if trial is None:
         rates = [trial.learning_rate for trial in facts.state.trials.values()]
         tried = f"learning rates here go from {learning_rate(min(rates))} to {learning_rate(max(rates))}"
-        return f"{said} was not tried: {tried}, r from {_ranks(facts)}."
+        return f"No trial is near {baseline}: {tried}, r from {_ranks(facts)}."
     if trial.number in (chosen.number, chosen.repeat_of):
-        return f"{said} is nearest to the best trial itself."
+        return f"Nearest to {baseline} is the best trial itself."
     losses = {number: _losses(facts, number) for number in (chosen.number, trial.number)}
     step = max(losses[chosen.number].keys() & losses[trial.number].keys(), default=None)
     values = f"trial {trial.number} (r {trial.r}, lora_alpha {trial.lora_alpha:g}, "
     values += f"learning rate {learning_rate(trial.learning_rate)})"
     if step is None:
-        return f"{said} is nearest to {values}, which shares no step with the best trial."
+        return f"Nearest to {baseline} is {values}, which shares no step with the best trial."
     ours, theirs = losses[chosen.number][step], losses[trial.number][step]
     return (
-        f"{said} is nearest to {values}: its loss at step {step} is {theirs:.4g}, and the best trial's there is "
+        f"Nearest to {baseline} is {values}: its loss at step {step} is {theirs:.4g}, and the best trial's there is "
         f"{ours:.4g}, {change(ours, theirs)}."
     )
 

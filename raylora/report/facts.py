@@ -50,9 +50,10 @@ class RunFacts:
         return ", ".join(f"{self.state.count(name)} {name}" for name in (*ENDED, *UNDER_WAY) if self.state.count(name))
 
     def unfinished(self) -> str | None:
-        """Return a sentence if trials are still to end."""
-        ended = len(self.state.numbers(*ENDED))
-        if not self.state.numbers(*UNDER_WAY):
+        """Return a sentence if trials are still to end, or to begin."""
+        ended = sum(self.state.count(name) for name in ENDED)
+        to_begin = self.merge is None and self.state.n_proposed() < self.config.n_trials()
+        if not to_begin and not self.state.numbers(*UNDER_WAY):
             return None
         return (
             f"This search is not done: {ended} of {self.config.n_trials()} trials have ended. "

@@ -63,9 +63,8 @@ def loss_against_rank(facts: RunFacts, step: int) -> Figure:
     medians = of_rank.mark_tick(thickness=2, size=34, color="#98a2ad").encode(y=axis, tooltip=said)
     dots = alt.Chart(points(rows)).mark_circle(size=90, opacity=0.9)
     dots = dots.encode(x=r, y=axis, color=by_standing(rows), tooltip=tooltip(LOSS))
-    return Figure(
-        f"rank{step}", f"r against loss at step {step}", _at(facts, step, rows), bars + medians + dots, len(rows)
-    )
+    layers, n_points = bars + medians + dots, len(rows) + len(spread)
+    return Figure(f"rank{step}", f"r against loss at step {step}", _at(facts, step, rows), layers, n_points)
 
 
 def loss_against_rate(facts: RunFacts, step: int) -> Figure:
@@ -87,14 +86,19 @@ def loss_against_rate(facts: RunFacts, step: int) -> Figure:
     dots = alt.Chart(points(rows)).mark_circle(size=90, opacity=0.9)
     colour = alt.Color("r:O", title="r", scale=alt.Scale(scheme="viridis"))
     dots = dots.encode(x=rate, y=axis, color=colour, tooltip=tooltip(LOSS))
-    lines = alt.Chart(points(marks)).encode(x=rate, tooltip=alt.Tooltip("said:N", title="baseline"))
-    rules = lines.mark_rule(strokeDash=[4, 4], color="#98a2ad", strokeWidth=1.5)
-    names = lines.mark_text(align="left", dx=4, dy=6, baseline="top", fontSize=11).encode(text="name:N", y=alt.value(0))
+    layers: list[alt.Chart] = []
+    if marks:
+        lines = alt.Chart(points(marks)).encode(x=rate, tooltip=alt.Tooltip("said:N", title="baseline"))
+        names = lines.mark_text(align="left", dx=4, dy=6, baseline="top", fontSize=11)
+        layers = [
+            lines.mark_rule(strokeDash=[4, 4], color="#98a2ad", strokeWidth=1.5),
+            names.encode(text="name:N", y=alt.value(0)),
+        ]
     return Figure(
         f"rate{step}",
         f"Learning rate against loss at step {step}",
         _at(facts, step, rows),
-        rules + names + dots,
+        alt.layer(*layers, dots),
         len(rows),
     )
 
