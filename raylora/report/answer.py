@@ -3,7 +3,7 @@
 from typing import Any
 
 from raylora.report.baselines import comparisons
-from raylora.report.evaluation_tables import agreement_sentence, score_row
+from raylora.report.evaluation_tables import agreement_sentence, score_row, unit
 from raylora.report.facts import RunFacts
 from raylora.report.merge_tables import merge_sentence
 from raylora.report.words import learning_rate
@@ -28,9 +28,10 @@ def _winner(facts: RunFacts) -> str:
         return f"No trial has reached the full budget of {facts.max_steps} steps yet ({counts})."
     merged = facts.merge and facts.merge.get("merged_candidates")
     why = ", chosen for its loss after the merge" if merged else ""
+    won = "leads" if facts.unfinished() else "won"
     return (
-        f"Of {len(facts.state.trials)} trials, trial {best.number} won{why}: validation loss {best.eval_loss:.4g} nats "
-        f"per token at step {best.step}, with r {best.r}, lora_alpha {best.lora_alpha:g} and learning rate "
+        f"Of {len(facts.state.trials)} trials, trial {best.number} {won}{why}: validation loss {best.eval_loss:.4g} "
+        f"nats per token at step {best.step}, with r {best.r}, lora_alpha {best.lora_alpha:g} and learning rate "
         f"{learning_rate(best.learning_rate)}."
     )
 
@@ -70,7 +71,7 @@ def headline(models: dict[str, dict[str, float]]) -> str | None:
 def said(evaluation: dict[str, Any], model: str, name: str) -> str:
     """Return a model's score with its interval, such as `base 0.0 % (95 % interval 0.0 to 6.2)`."""
     row = score_row(evaluation, model, name)
-    shown = f"{model} {row['value']:.1f} %"
+    shown = f"{model} {row['value']:.1f}{unit(name)}"
     return f"{shown} (95 % interval {row['interval']})" if "interval" in row else f"{shown} (no interval: {EARLIER})"
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from raylora.errors import RunDirectoryError
 from raylora.report.answer import LABELS, headline
-from raylora.report.evaluation_tables import score_row
+from raylora.report.evaluation_tables import score_row, unit
 from raylora.report.facts import RunFacts, public
 from raylora.report.words import change, learning_rate
 
@@ -53,7 +53,7 @@ def comparison_rows(runs: list[RunFacts], *, losses: bool) -> list[dict[str, Any
 
 def _row(run: RunFacts, best: float | None, name: str | None, *, losses: bool) -> dict[str, Any]:
     """Return one run's row."""
-    chosen, model = run.chosen, judged(run)
+    chosen, model = run.chosen, run.judged
     row: dict[str, Any] = {
         "base": public(run.config.base_model.name),
         "trials": len(run.state.trials),
@@ -69,7 +69,7 @@ def _row(run: RunFacts, best: float | None, name: str | None, *, losses: bool) -
         row["heldout_loss"] = run.evaluation["models"][model]["heldout_loss"] if run.evaluation and model else None
     if name and run.evaluation:
         scores = score_row(run.evaluation, model, name)
-        row |= {f"{name}, %": scores["value"], "95 % interval": scores.get("interval")}
+        row |= {f"{name}{unit(name)}": scores["value"], "95 % interval": scores.get("interval")}
     row["minutes"] = _minutes(run)
     return row
 
@@ -88,12 +88,12 @@ def verdict(runs: list[RunFacts], *, losses: bool) -> str:
 
 def _by_score(runs: list[RunFacts], name: str) -> str:
     """Return which run has the highest held-out score, and if that may be chance."""
-    rows = {label(run, runs): score_row(run.evaluation, judged(run), name) for run in runs if run.evaluation}
+    rows = {label(run, runs): score_row(run.evaluation, run.judged, name) for run in runs if run.evaluation}
     best = max(rows, key=lambda run: rows[run]["value"])
     highest = rows[best]["value"]
     if all(row["value"] == highest for row in rows.values()):
-        return f"{LABELS[name]} is {highest:.1f} % in all runs."
-    first = f"{LABELS[name]} is highest for {best}: {highest:.1f} %."
+        return f"{LABELS[name]} is {highest:.1f}{unit(name)} in all runs."
+    first = f"{LABELS[name]} is highest for {best}: {highest:.1f}{unit(name)}."
     if any("low" not in row for row in rows.values()):
         return f"{first} Some runs have no intervals, so it is open if that is more than chance."
     close = [run for run, row in rows.items() if run != best and row["high"] >= rows[best]["low"]]
@@ -110,17 +110,11 @@ def label(run: RunFacts, runs: list[RunFacts]) -> str:
 
 def shared_headline(runs: list[RunFacts]) -> str | None:
     """Return the score to compare runs by; None if one of them has none."""
-    if not all(run.evaluation and judged(run) for run in runs):
+    if not all(run.evaluation and run.judged for run in runs):
         return None
-    merged = {run.run.path: run.evaluation["models"][judged(run)] for run in runs if run.evaluation}
+    merged = {run.run.path: run.evaluation["models"][run.judged] for run in runs if run.evaluation}
     name = headline({str(path): scores for path, scores in merged.items()})
     return name if name and all(name in scores for scores in merged.values()) else None
-
-
-def judged(run: RunFacts) -> str:
-    """Return the merged model that a run is judged by: the first that was checked; empty if none was."""
-    models = run.evaluation["models"] if run.evaluation else {}
-    return next((name for name in models if name.startswith("merged")), "")
 
 
 def _measured(run: RunFacts) -> bool:

@@ -43,6 +43,11 @@ def interval(ends: list[float]) -> str:
     return f"{ends[0]:.3g} to {ends[1]:.3g}"
 
 
+def unit(name: str) -> str:
+    """Return the unit of a score as `score_row` gives it: per cent, but for scores that go to 100 by themselves."""
+    return "" if name in PER_CENT else " %"
+
+
 def score_row(evaluation: dict[str, Any], model: str, name: str) -> dict[str, Any]:
     """Return a score in per cent, and the ends of its interval and its words, if there is one.
 

@@ -45,6 +45,12 @@ class RunFacts:
         """Full budget in optimizer steps."""
         return int(self.provenance["rungs"][-1])
 
+    @property
+    def judged(self) -> str:
+        """Merged model that answers are judged by: the first that was checked; empty if none was."""
+        models = self.evaluation["models"] if self.evaluation else {}
+        return next((name for name in models if name.startswith("merged")), "")
+
     def counts(self) -> str:
         """Return the number of trials in each state, in words."""
         return ", ".join(f"{self.state.count(name)} {name}" for name in (*ENDED, *UNDER_WAY) if self.state.count(name))

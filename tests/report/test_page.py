@@ -8,6 +8,7 @@ import pytest
 from raylora.config.schema import SearchConfig
 from raylora.report.page import write_report
 from raylora.run.directory import RunDirectory
+from tests.helpers import history_of
 from tests.report.browser import Browser, browser, needs_chromium
 from tests.report.runs import EVENTS, HOSTILE, SPACE, make_checked_run, make_run
 
@@ -78,6 +79,19 @@ def test_no_tag_of_a_user_is_in_the_file(run: RunDirectory) -> None:
 
 
 @needs_chromium
+def test_a_search_in_which_all_trials_failed_has_a_page(
+    chromium: Browser, make_config: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", make_config(space=SPACE), [*EVENTS[:2], *history_of(0, {}, "failed")])
+    write_report(run)
+    chromium.open(run.page_file)
+    assert chromium.console() == []
+    assert "No trial has reached the full budget of 9 steps yet (1 failed)." in chromium.run(
+        "return document.body.innerText"
+    )
+
+
+@needs_chromium
 def test_a_search_that_still_runs_has_a_page_that_says_so(
     chromium: Browser, make_config: Callable[..., SearchConfig], tmp_path: Path
 ) -> None:
@@ -87,5 +101,6 @@ def test_a_search_that_still_runs_has_a_page_that_says_so(
     assert chromium.console() == []
     text = chromium.run("return document.body.innerText")
     assert "This search is not done: 1 of 3 trials have ended." in text
+    assert "Of 2 trials, trial 0 leads" in text
     assert "The best adapter is not merged yet." in text
     assert "The held-out check has not run yet." in text

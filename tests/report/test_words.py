@@ -169,7 +169,7 @@ def test_runs_with_other_tokens_are_compared_by_their_answers_alone(make_config:
     assert note is not None
     assert "losses are per token and are not compared" in note
     figures = [row["figure"] for row in comparison_rows([one, two], losses=False)]
-    assert "exact_match, %" in figures
+    assert "exact_match %" in figures
     assert not {"eval_loss", "heldout_loss"} & set(figures)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import altair as alt
 
-from raylora.report.comparison import comparison_rows, judged, label, shared_headline, verdict
+from raylora.report.comparison import comparison_rows, label, shared_headline, verdict
 from raylora.report.evaluation_tables import score_row
 from raylora.report.facts import RunFacts
 from raylora.report.html.figure import LOSS, Figure, loss_axis, points, tooltip, trial_facts
@@ -42,9 +42,7 @@ def _scores(runs: list[RunFacts]) -> Figure:
     name = shared_headline(runs)
     assert name is not None
     rows = [
-        {"run": label(run, runs), **score_row(run.evaluation, judged(run) or "", name)}
-        for run in runs
-        if run.evaluation
+        {"run": label(run, runs), **score_row(run.evaluation, run.judged or "", name)} for run in runs if run.evaluation
     ]
     said = [
         alt.Tooltip("run:N"),

@@ -96,6 +96,12 @@ def tooltip(*more: alt.Tooltip) -> list[alt.Tooltip]:
     ]
 
 
+def best_on_top(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows in the order in which they are drawn: stopped trials first, the best one last."""
+    order = ("failed", "stopped", "under way", "finished", "best")
+    return sorted(rows, key=lambda row: order.index(row["standing"]))
+
+
 LOSS = alt.Tooltip("loss:Q", title="loss", format=".4g")
 
 

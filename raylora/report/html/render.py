@@ -49,7 +49,6 @@ def write_page(facts: RunFacts, ranks: list[dict[str, Any]]) -> None:
         ranks: rows of `rank_vs_loss`.
     """
     figures = _figures(facts)
-    judged = next((name for name in reversed((facts.evaluation or {}).get("models", {}))), None)
     page = render(
         "page.html",
         drawn=_all(figures),
@@ -61,9 +60,8 @@ def write_page(facts: RunFacts, ranks: list[dict[str, Any]]) -> None:
         figures=figures,
         tables=_tables(facts, ranks),
         missing=MISSING,
-        judged=judged,
         first=[_card(line) for line in facts.samples()],
-        worst=[_card(line) for line in _worst(facts, judged)],
+        worst=[_card(line) for line in _worst(facts)],
         again=dict(provenance_pairs(facts))["repeat it by"],
     )
     write_text(facts.run.page_file, page)
@@ -152,9 +150,10 @@ def _tables(facts: RunFacts, ranks: list[dict[str, Any]]) -> dict[str, list[dict
     }
 
 
-def _worst(facts: RunFacts, judged: str | None) -> list[dict[str, Any]]:
+def _worst(facts: RunFacts) -> list[dict[str, Any]]:
     """Return the lines of the answers that are farthest from their reference, and not equal to it."""
-    wrong = [line for line in facts.answers if judged and not line["answers"][judged]["exact_match"]]
+    judged = facts.judged
+    wrong = [line for line in facts.answers if not line["answers"][judged]["exact_match"]]
     wrong.sort(key=lambda line: (line["answers"][judged]["rouge_l"], line["answers"][judged]["chrf"]))
     return wrong[: facts.config.evaluation.n_samples]
 

@@ -7,7 +7,17 @@ import altair as alt
 
 from raylora.report.baselines import baselines
 from raylora.report.facts import RunFacts
-from raylora.report.html.figure import LOSS, Figure, Missing, by_standing, loss_axis, points, tooltip, trial_facts
+from raylora.report.html.figure import (
+    LOSS,
+    Figure,
+    Missing,
+    best_on_top,
+    by_standing,
+    loss_axis,
+    points,
+    tooltip,
+    trial_facts,
+)
 
 
 def loss_against_step(facts: RunFacts) -> Figure | Missing:
@@ -26,7 +36,7 @@ def loss_against_step(facts: RunFacts) -> Figure | Missing:
         scale=alt.Scale(type="log", base=2, nice=False, padding=16),
         axis=alt.Axis(values=rungs, format="d", grid=False),
     )
-    base = alt.Chart(points(rows)).encode(
+    base = alt.Chart(points(best_on_top(rows))).encode(
         x=step, y=loss_axis([row["loss"] for row in rows]), color=by_standing(rows), detail="trial:N"
     )
     lines = base.mark_line(strokeWidth=2, opacity=0.75)
@@ -135,7 +145,8 @@ def loss_against_cost(facts: RunFacts, step: int) -> list[Figure]:
 def _rows_at(facts: RunFacts, step: int) -> list[dict[str, Any]]:
     """Return a row for each trial that was validated at a step."""
     trials = facts.state.trials
-    return [{**trial_facts(trials[n], facts.chosen), "loss": loss} for n, loss in facts.losses_at(step).items()]
+    rows = [{**trial_facts(trials[n], facts.chosen), "loss": loss} for n, loss in facts.losses_at(step).items()]
+    return best_on_top(rows)
 
 
 def _at(facts: RunFacts, step: int, rows: list[dict[str, Any]]) -> str:
