@@ -77,5 +77,7 @@ def _sacrebleu_interval(metric: BLEU | CHRF, texts: list[str], columns: list[lis
     """Return sacrebleu's own interval of a corpus score, within [0, 100]; its seed is fixed."""
     score = metric.corpus_score(texts, columns, n_bootstrap=N_DRAWS)
     facts = json.loads(score.format(signature=str(metric.get_signature()), is_json=True, width=6))
+    if "confidence_mean" not in facts:  # sacrebleu leaves it out if every draw scores 0
+        return [0.0, 0.0]
     middle, half = facts["confidence_mean"], facts["confidence_var"]
     return [max(0.0, middle - half), min(100.0, middle + half)]

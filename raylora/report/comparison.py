@@ -75,7 +75,14 @@ def _row(run: RunFacts, best: float | None, name: str | None, *, losses: bool) -
 
 
 def verdict(runs: list[RunFacts], *, losses: bool) -> str:
-    """Return the result of a comparison in a sentence or two."""
+    """Return the result of a comparison in a few sentences."""
+    budgets = sorted({run.max_steps for run in runs})
+    unequal = f" Their budgets differ: {', '.join(map(str, budgets))} steps." if len(budgets) > 1 else ""
+    return _highest(runs, losses=losses) + unequal
+
+
+def _highest(runs: list[RunFacts], *, losses: bool) -> str:
+    """Return which run is best by its held-out score, or by its loss if not all have one."""
     name = shared_headline(runs)
     if name is not None:
         return _by_score(runs, name)

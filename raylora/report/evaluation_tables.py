@@ -9,7 +9,6 @@ from raylora.report.tables import print_table
 SIGNIFICANCE = 0.05
 """p-value below which a BLEU difference is called significant: the usual 5 %."""
 
-
 PER_CENT = {"bleu": 1.0, "chrf": 1.0}
 """Factor from a score to per cent; 100 for the shares."""
 
@@ -61,8 +60,8 @@ def score_row(evaluation: dict[str, Any], model: str, name: str) -> dict[str, An
     """
     factor = PER_CENT.get(name, 100.0)
     row: dict[str, Any] = {"value": factor * evaluation["models"][model][name]}
-    if interval := evaluation.get("intervals", {}).get(model, {}).get(name):
-        low, high = (factor * end for end in interval)
+    if ends := evaluation.get("intervals", {}).get(model, {}).get(name):
+        low, high = (factor * end for end in ends)
         row |= {"low": low, "high": high, "interval": f"{low:.1f} to {high:.1f}"}
     return row
 

@@ -33,3 +33,9 @@ def test_every_score_of_a_corpus_lies_in_its_interval() -> None:
     assert intervals["exact_match"][0] < 0.5 < intervals["exact_match"][1]
     assert 0 <= intervals["bleu"][0] < intervals["bleu"][1] <= 100
     assert intervals["tool_call_match"] == [0.0, 1.0]  # 1 - 3 / 3: three answers with calls say little
+
+
+def test_answers_without_a_word_in_common_have_an_interval_too() -> None:
+    texts, references = ["xx yy"] * 3, [["a b"]] * 3
+    intervals = score_intervals(texts, references, score_rows(texts, references))
+    assert intervals["bleu"] == intervals["chrf"] == [0.0, 0.0]

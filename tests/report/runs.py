@@ -38,7 +38,7 @@ MERGE = {
     "tolerance": 0.02,
     "passed": True,
     "skipped": {},
-    "merged_candidates": {},
+    "merged_candidates": {"0": 1.01, "1": 2.2},
     "models": {
         "adapter": {"eval_loss": 1.0, "kl_to_adapter": 0.0, "token_agreement": 1.0, "heldout_loss": 1.1},
         "base": {"eval_loss": 500.0, "kl_to_adapter": 4.0, "token_agreement": 0.2, "heldout_loss": 5.1},

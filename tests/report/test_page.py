@@ -38,7 +38,7 @@ def test_the_page_draws_every_point_and_the_console_stays_empty(chromium: Browse
     assert (figures["rate9"], figures["rate3"]) == (2, 3)
     assert (figures["rank9"], figures["rank3"]) == (4, 5)  # the same trials, and a median for each of two ranks
     assert figures["ways"] == 3 * 4  # three trials on the axes of r, lora_alpha, learning rate and loss
-    assert figures["kept"] == 6
+    assert (figures["kept"], figures["candidates"]) == (6, 2)
     assert figures["scores"] == 3 * 4  # three models, four scores
     expected = chromium.run(
         "return Object.fromEntries([...document.querySelectorAll('figure')].map(one => [one.id, +one.dataset.points]))"

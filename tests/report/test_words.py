@@ -55,9 +55,8 @@ def test_the_rule_by_hand() -> None:
 def test_the_answer_compares_at_equal_steps_and_names_the_trials(make_config: MakeConfig, tmp_path: Path) -> None:
     facts = load_facts(make_checked_run(tmp_path / "run", make_config(space=SPACE)))
     said = answer(facts)
-    assert said["The search"].startswith(
-        "Of 4 trials, trial 0 won: validation loss 1 nats per token at step 9, with r 4"
-    )
+    assert said["The search"].startswith("Of 4 trials, trial 0 won, chosen for its loss after the merge: validation")
+    assert "validation loss 1 nats per token at step 9, with r 4, lora_alpha 8" in said["The search"]
     default, rule = comparisons(facts)
     assert ") is trial 1 (r 16, lora_alpha 32, learning rate 2e-4): its loss at step 9 is 2," in default
     assert default.endswith("the best trial's there is 1, 50 % better.")

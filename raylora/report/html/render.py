@@ -27,6 +27,7 @@ from raylora.report.html.search_figures import (
     loss_against_rank,
     loss_against_rate,
     loss_against_step,
+    merged_against_loss,
 )
 from raylora.report.html.space_figures import importance, parallel_coordinates
 from raylora.report.merge_tables import cost_rows, merge_rows
@@ -118,7 +119,7 @@ def _figures(facts: RunFacts) -> dict[str, Any]:
         "ranks": [loss_against_rank(facts, step) for step in steps],
         "rates": [loss_against_rate(facts, step) for step in steps],
         "space": [] if first is None else [parallel_coordinates(facts, first), importance(facts, first)],
-        "costs": [] if first is None else loss_against_cost(facts, first),
+        "costs": [] if first is None else [*loss_against_cost(facts, first), *merged_against_loss(facts)],
         "merge": merge_figures(facts.merge),
         "kept": update_kept(facts.merge),
         "scores": score_figure(facts.evaluation),

@@ -114,21 +114,20 @@ def loss_against_rate(facts: RunFacts, step: int) -> Figure:
 
 
 COSTS = {
-    "trainable_parameters": ("trainable parameters", "~s", ""),
-    "peak_memory_mib": ("peak memory, MiB", "~s", " The peak is that of the lane with all trials on it."),
-    "tokens_per_second": ("training tokens per second", "~s", " A pack's time is shared out by tokens."),
+    "trainable_parameters": ("trainable parameters", ""),
+    "peak_memory_mib": ("peak memory, MiB", " The peak is that of the lane with all trials on it."),
+    "tokens_per_second": ("training tokens per second", " A pack's time is shared out by tokens."),
 }
-"""Column of a trial -> title of its axis, format of its ticks, and what to know about it."""
+"""Column of a trial -> title of its axis, and what to know about it."""
 
 
 def loss_against_cost(facts: RunFacts, step: int) -> list[Figure]:
     """Return plots of the loss at one step against what a trial costs."""
     figures = []
-    for column, (title, ticks, note) in COSTS.items():
+    for column, (title, note) in COSTS.items():
         rows = [{**row, "cost": getattr(facts.state.trials[row["trial"]], column)} for row in _rows_at(facts, step)]
-        x = alt.X(
-            "cost:Q", title=title, scale=alt.Scale(zero=False, padding=20), axis=alt.Axis(format=ticks, tickCount=4)
-        )
+        axis = alt.Axis(format="~s", tickCount=4)
+        x = alt.X("cost:Q", title=title, scale=alt.Scale(zero=False, padding=20), axis=axis)
         dots = alt.Chart(points(rows)).mark_circle(size=90, opacity=0.9)
         dots = dots.encode(
             x=x,
@@ -140,6 +139,29 @@ def loss_against_cost(facts: RunFacts, step: int) -> list[Figure]:
         heading = f"{title[0].upper()}{title[1:].partition(',')[0]}"
         figures.append(Figure(name, heading, f"Loss at step {step}.{note}", dots, len(rows), 240))
     return figures
+
+
+def merged_against_loss(facts: RunFacts) -> list[Figure]:
+    """Return the loss after the merge against the loss before it, if the search merged several trials."""
+    candidates = facts.merge["merged_candidates"] if facts.merge else {}
+    trials = {int(number): facts.state.trials[int(number)] for number in candidates}
+    rows = [
+        {**trial_facts(trial, facts.chosen), "before": trial.final_loss, "loss": candidates[str(number)]}
+        for number, trial in trials.items()
+    ]
+    if not rows:
+        return []
+    axis = alt.Axis(format="~g", tickCount=4)
+    x = alt.X("before:Q", title="validation loss, unmerged", scale=alt.Scale(zero=False, padding=20), axis=axis)
+    dots = alt.Chart(points(rows)).mark_circle(size=90, opacity=0.9)
+    dots = dots.encode(
+        x=x,
+        y=loss_axis([row["loss"] for row in rows], "validation loss, merged"),
+        color=by_standing(rows),
+        tooltip=tooltip(LOSS, alt.Tooltip("before:Q", title="unmerged", format=".4g")),
+    )
+    caption = "The merge was tried for the best trials, and the lowest merged loss won."
+    return [Figure("candidates", "Loss after the merge", caption, dots, len(rows), 240)]
 
 
 def _rows_at(facts: RunFacts, step: int) -> list[dict[str, Any]]:
