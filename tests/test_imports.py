@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "raylora"
 ORDER = ("config", "run", "base", "data", "training", "search", "merge", "evaluate", "report", "export", "cli")
 """Folders from the first stage to the last."""
 
-ENTRY_POINTS = {"trial", "doctor", "testing"}
+ENTRY_POINTS = {"compare", "doctor", "status", "testing", "trial"}
 """Top-level modules that are commands; they and `__main__.py` files may import anything, and nobody imports them."""
 
 FOUNDATIONS = {"errors", "quiet"}
@@ -103,6 +103,7 @@ def test_ray_and_the_terminal_stay_where_they_belong(path: Path) -> None:
     [
         "raylora.cli.app",
         "raylora.report.page",
+        "raylora.report.comparison",
         *sorted(
             f"raylora.{folder}.{path.stem}"
             for folder in ("config", "run")

@@ -6,6 +6,7 @@ Command modules import torch and Ray inside their functions, so that `raylora --
 import typer
 
 from raylora.cli.command import OVERRIDES
+from raylora.compare import compare
 from raylora.doctor import doctor
 from raylora.evaluate.__main__ import evaluate
 from raylora.export.__main__ import export
@@ -20,5 +21,5 @@ app = typer.Typer(
 )
 for function in (search, trial, merge):
     app.command(context_settings=OVERRIDES)(function)
-for function in (status, evaluate, report, export, doctor):
+for function in (status, evaluate, report, compare, export, doctor):
     app.command()(function)

@@ -27,45 +27,51 @@ def score(texts: list[str], references: list[list[str]], answer_pattern: str | N
         rouge_l: mean F1 against the best reference, in [0, 1].
         answer_match: share of answers with the number of the first reference; only with `answer_pattern`.
     """
-    matches = [
-        text.strip() in {reference.strip() for reference in accepted}
-        for text, accepted in zip(texts, references, strict=True)
-    ]
-    columns = _columns(references)
-    rouge = RougeScorer(["rougeL"], use_stemmer=False)
-    scores = {
-        "exact_match": sum(matches) / len(matches),
+    columns = reference_columns(references)
+    rows = score_rows(texts, references, answer_pattern)
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "chrf"}
+    return {
+        "exact_match": means.pop("exact_match"),
         "bleu": sacrebleu.corpus_bleu(texts, columns).score,
         "chrf": sacrebleu.corpus_chrf(texts, columns).score,
-        "rouge_l": sum(
-            rouge.score_multi(accepted, text)["rougeL"].fmeasure
-            for text, accepted in zip(texts, references, strict=True)
-        )
-        / len(texts),
+        **means,
     }
-    if answer_pattern is not None:
-        right = [
-            _number(text, answer_pattern) is not None
-            and _number(text, answer_pattern) == _number(accepted[0], answer_pattern)
-            for text, accepted in zip(texts, references, strict=True)
-        ]
-        scores["answer_match"] = sum(right) / len(right)
-    return scores
 
 
-def score_calls(answered: list[str], expected: list[str]) -> dict[str, float]:
-    """Score tool calls against the expected ones: names and arguments, in the same order.
+def score_rows(
+    texts: list[str], references: list[list[str]], answer_pattern: str | None = None
+) -> list[dict[str, float]]:
+    """Score each answer by itself. Arguments are those of `score`.
+
+    Returns:
+        For each answer: exact_match and answer_match, 0 or 1; chrf of the one answer; rouge_l.
+    """
+    rouge = RougeScorer(["rougeL"], use_stemmer=False)
+    rows = []
+    for text, accepted in zip(texts, references, strict=True):
+        row = {
+            "exact_match": float(text.strip() in {reference.strip() for reference in accepted}),
+            "chrf": sacrebleu.sentence_chrf(text, accepted).score,
+            "rouge_l": float(rouge.score_multi(accepted, text)["rougeL"].fmeasure),
+        }
+        if answer_pattern is not None:
+            number = _number(text, answer_pattern)
+            row["answer_match"] = float(number is not None and number == _number(accepted[0], answer_pattern))
+        rows.append(row)
+    return rows
+
+
+def score_calls(answered: list[str], expected: list[str]) -> list[dict[str, float]]:
+    """Score the tool calls of each answer against the expected ones: names and arguments, in the same order.
 
     Args:
         answered: tool calls of each answer as JSON text with sorted keys; empty if there are none.
         expected: those that the data has, likewise.
 
     Returns:
-        tool_call_match: share of the answers with the expected calls, out of those where calls are expected; nothing
-            if none are.
+        For each answer: tool_call_match, 0 or 1, where calls are expected; nothing where none are.
     """
-    pairs = [pair for pair in zip(answered, expected, strict=True) if pair[1]]
-    return {"tool_call_match": sum(a == b for a, b in pairs) / len(pairs)} if pairs else {}
+    return [{"tool_call_match": float(a == b)} if b else {} for a, b in zip(answered, expected, strict=True)]
 
 
 def agreement(one: Answers, other: Answers) -> dict[str, float]:
@@ -128,7 +134,7 @@ def _bleu(counts: np.ndarray) -> float:
     return float(BLEU.compute_bleu(matching, total, int(counts[0]), int(counts[1])).score)
 
 
-def _columns(references: list[list[str]]) -> list[list[str | None]]:
+def reference_columns(references: list[list[str]]) -> list[list[str | None]]:
     """Return the references in the form of sacrebleu: one list per rank of reference, None if a text has fewer."""
     most = max(map(len, references))
     return [[accepted[i] if i < len(accepted) else None for accepted in references] for i in range(most)]

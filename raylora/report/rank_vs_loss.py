@@ -56,6 +56,11 @@ def rank_vs_loss(trials: list[TrialRow], history: list[HistoryRow]) -> list[dict
     return rows
 
 
+def short_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of `rank_vs_loss` with the columns that people look at, under short names."""
+    return [{short: row[name] for name, short in SHORT.items()} for row in rows]
+
+
 def write_rank_vs_loss(run: RunDirectory, rows: list[dict[str, Any]]) -> None:
     """Write the table as Parquet, CSV and Markdown.
 
@@ -67,6 +72,24 @@ def write_rank_vs_loss(run: RunDirectory, rows: list[dict[str, Any]]) -> None:
     with replacing(run.path / "rank_vs_loss.csv") as temporary:
         pa.csv.write_csv(pa.Table.from_pylist(rows, schema=RANK_SCHEMA), temporary)
     write_text(run.path / "rank_vs_loss.md", markdown_table(rows))
+
+
+SHORT = {
+    "r": "r",
+    "n": "trials",
+    "n_finished": "finished",
+    "n_stopped": "stopped",
+    "n_failed": "failed",
+    "eval_loss_best": "best",
+    "eval_loss_median": "median",
+    "eval_loss_spread": "spread",
+    "first_rung_eval_loss_best": "best, 1st rung",
+    "first_rung_eval_loss_median": "median, 1st rung",
+    "trainable_parameters": "parameters",
+    "peak_memory_mib": "MiB",
+    "tokens_per_second": "tokens/s",
+}
+"""Column of the rank table that people look at -> its short name."""
 
 
 def _median(values: list[Any]) -> Any:

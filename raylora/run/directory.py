@@ -60,6 +60,10 @@ class RunDirectory:
         return self.path / "evaluation.json"
 
     @property
+    def answers_file(self) -> Path:
+        return self.path / "answers.jsonl"
+
+    @property
     def report_file(self) -> Path:
         return self.path / "report.md"
 
@@ -67,6 +71,10 @@ class RunDirectory:
     def activity_file(self) -> Path:
         """What the process of this run directory does now; there while it does something."""
         return self.path / "activity.json"
+
+    @property
+    def page_file(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def logs(self) -> Path:

@@ -34,6 +34,25 @@ def eval_loss(model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int
     return total / max(1, count)
 
 
+def row_losses(
+    model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int, pad_token_id: int
+) -> list[tuple[float, int]]:
+    """Return the summed cross entropy of each row, in nats, and its number of tokens with loss.
+
+    Arguments are those of `eval_loss`, which is the sum of the first over the sum of the second.
+    """
+    tokens = torch.cat(
+        [
+            cross_entropy(logits, targets, reduction="none").double().cpu()
+            for logits, targets in predictions(model, part, batch_size=batch_size, pad_token_id=pad_token_id)
+        ]
+    )
+    order, labels = _shortest_first(part), part["labels"]
+    counts = [sum(label != IGNORE for label in labels[index][1:]) for index in order]
+    sums = dict(zip(order, (float(row.sum()) for row in tokens.split(counts)), strict=True))
+    return [(sums[index], count) for index, count in sorted(zip(order, counts, strict=True))]
+
+
 def predictions(
     model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int, pad_token_id: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -80,13 +99,19 @@ def _batches(part: datasets.Dataset, batch_size: int, pad_token_id: int) -> Iter
         Token ids (rows, longest) and labels (rows, longest), both int64. Padding in labels is IGNORE.
     """
     rows = part.select_columns(["input_ids", "labels"])
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    order = _shortest_first(rows)
     for start in range(0, len(order), batch_size):
         batch = [rows[index] for index in order[start : start + batch_size]]
         yield (
             pad([row["input_ids"] for row in batch], pad_token_id),
             pad([row["labels"] for row in batch], IGNORE),
         )
+
+
+def _shortest_first(part: datasets.Dataset) -> list[int]:
+    """Return the indexes of the rows by length."""
+    lengths = list(map(len, part["input_ids"]))
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
 def pad(rows: list[list[int]], fill: int) -> torch.Tensor:

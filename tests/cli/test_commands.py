@@ -24,7 +24,7 @@ def test_both_forms_of_overrides_are_read() -> None:
         parse_overrides(["--a"])
 
 
-@pytest.mark.parametrize("name", ["search", "trial", "merge", "evaluate", "report", "export", "doctor"])
+@pytest.mark.parametrize("name", ["search", "trial", "merge", "evaluate", "report", "compare", "export", "doctor"])
 def test_every_step_is_a_subcommand_with_help(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0

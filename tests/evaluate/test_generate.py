@@ -149,5 +149,5 @@ def test_prompts_at_once_fill_a_quarter_of_the_free_memory(tiny_model: Path, mon
 
 
 def test_tool_calls_are_scored_where_they_are_expected() -> None:
-    assert score_calls(["[1]", "", "text"], ["[1]", "[2]", ""]) == {"tool_call_match": 0.5}
-    assert score_calls(["text"], [""]) == {}
+    scores = score_calls(["[1]", "", "text"], ["[1]", "[2]", ""])
+    assert scores == [{"tool_call_match": 1.0}, {"tool_call_match": 0.0}, {}]

@@ -30,7 +30,7 @@ def test_rank_table_is_written_in_three_forms(tmp_path: Path) -> None:
     write_rank_vs_loss(RunDirectory(tmp_path), rows)
     assert pyarrow.parquet.read_table(tmp_path / "rank_vs_loss.parquet").to_pylist() == rows
     assert (tmp_path / "rank_vs_loss.csv").read_text().startswith('"r","n","n_finished"')
-    assert "| 4 | 4 | 2 | 1 | 1 | 9 | 1 | 2 | 2 |" in (tmp_path / "rank_vs_loss.md").read_text()
+    assert "| 4 | 4 | 2 | 1 | 1 | 9 | 1 | 2 |" in (tmp_path / "rank_vs_loss.md").read_text()
 
 
 def test_markdown_cells_are_short_and_safe() -> None:
