@@ -3,6 +3,7 @@
 Run as `python -m raylora.report RUN_DIRECTORY [--report_to TRACKER,TRACKER]`.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from raylora.config.load import change_config
 from raylora.report.page import write_report
 from raylora.report.screen import print_summary
 from raylora.run.directory import existing_run
+from raylora.run.lock import locked
 from raylora.trackers.processes import send_run
 from raylora.trackers.tracker import check_installed
 
@@ -28,9 +30,10 @@ def report(
     run = existing_run(run_directory)
     trackers = change_config(run.config(), {"report_to": report_to}).report_to
     check_installed(trackers)
-    write_report(run)
-    print_summary(run, console())
-    send_run(run, trackers, console().print)
+    with locked(run.path) if trackers else nullcontext():  # a running search sends by itself
+        write_report(run)
+        print_summary(run, console())
+        send_run(run, trackers, console().print)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main(name: str, directory: str, patience: float) -> NoReturn:
         where = follow(existing_run(Path(directory)), load_tracker(name), over)
     except Exception as error:  # whatever the package raises is told and ends this process only
         sys.stderr.write(without_secrets(traceback.format_exc()))
-        end(f"failed {type(error).__name__}: {first_line(error)}", 1)
+        end(f"failed {type(error).__name__}: {first_line(error)[:300]}", 1)
     end(f"sent {where}", 0)
 
 

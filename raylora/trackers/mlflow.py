@@ -20,6 +20,9 @@ POINTS = 100
 SEARCH_TAG, KEY_TAG, STEP_TAG = "raylora.search", "raylora.key", "raylora.step"
 """Tags by which a search, its records and the last step of each are found again."""
 
+RETRIES = "3"
+"""Retries of a request, 14 seconds in all, unless the user has set another number; MLflow's own take four minutes."""
+
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "paused": "KILLED", "failed": "FAILED"}
 """State of a record that has ended -> MLflow's status."""
 
@@ -29,6 +32,7 @@ class MlflowTracker(Tracker):
 
     def __init__(self, run: RunDirectory, search_id: str) -> None:
         super().__init__(run, search_id)
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
         self._client = mlflow.MlflowClient()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         found = self._client.get_experiment_by_name(name)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from raylora.errors import TrackerError
@@ -38,6 +39,9 @@ class TrackerProcesses:
         self._run, self._names, self._note, self._patience = run, list(dict.fromkeys(names)), note, patience
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._listeners: list[threading.Thread] = []
+        self.sent: dict[str, str] = {}
+        """Tracker -> where to look."""
+
         self.failed: dict[str, str] = {}
         """Tracker -> cause."""
 
@@ -62,8 +66,9 @@ class TrackerProcesses:
             for process in self._processes.values():
                 assert process.stdin is not None
                 process.stdin.close()
+            deadline = time.monotonic() + self._patience + SECONDS_TO_END
             for process in self._processes.values():
-                process.wait(None if math.isinf(self._patience) else self._patience + SECONDS_TO_END)
+                process.wait(None if math.isinf(deadline) else max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             pass
         finally:
@@ -80,6 +85,7 @@ class TrackerProcesses:
         with process.stdout:
             outcome, _, text = process.stdout.read().strip().partition(" ")
         if outcome == "sent":
+            self.sent[name] = text
             self._note(f"{name}: {text}")
             return
         self.failed[name] = text or f"its process ended without a word ({self._run.logs}/tracker-{name}.log)"
@@ -95,7 +101,9 @@ def send_run(run: RunDirectory, names: Sequence[str], note: Callable[[str], None
     Raises:
         TrackerError: one of them failed; the others have it.
     """
-    with TrackerProcesses(run, names, note, patience=math.inf) as processes:
+    with TrackerProcesses(run, names, lambda line: None, patience=math.inf) as processes:
         pass
+    for name, where in processes.sent.items():
+        note(f"{name}: {where}")
     if processes.failed:
         raise TrackerError("; ".join(f"{name}: {cause}" for name, cause in processes.failed.items()))

@@ -1,5 +1,6 @@
 """A tracker that is down, slow or broken ends with one line to the user, and never holds a search up."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from raylora.cli.app import app
 from raylora.errors import ConfigError, TrackerError
 from raylora.run.directory import RunDirectory
+from raylora.run.lock import locked
 from raylora.trackers import tracker
 from raylora.trackers.processes import TrackerProcesses, send_run
 
@@ -89,3 +91,11 @@ def test_a_report_to_an_unknown_tracker_names_the_known_ones(run: RunDirectory) 
     message = "report_to.1 = 'mlfow': must be 'tensorboard', 'mlflow', 'wandb' or 'trackio'"
     assert message in " ".join(result.output.split())
     assert not run.report_file.exists()
+
+
+def test_a_search_that_still_runs_is_not_sent_by_another_command(run: RunDirectory) -> None:
+    with locked(run.path):
+        result = CliRunner().invoke(app, ["report", str(run.path), "--report_to", "tensorboard"])
+    assert result.exit_code == 2
+    assert f"is in use by process {os.getpid()}" in " ".join(result.output.split())
+    assert not (run.path / "tensorboard").exists()
