@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,9 +34,10 @@ def main(name: str, directory: str, patience: float) -> NoReturn:
     def end(line: str, code: int) -> NoReturn:
         """Say how it ended, and leave without the exit handlers of packages, which wait for what is down."""
         with once:
-            answer.write(f"{without_secrets(line)}\n")
-            answer.flush()
-            sys.stderr.flush()
+            with suppress(OSError):  # a search that was killed hears nothing any more
+                answer.write(f"{without_secrets(line)}\n")
+                answer.flush()
+                sys.stderr.flush()
             os._exit(code)
 
     def wait_for_the_end() -> None:

@@ -1,6 +1,7 @@
 """A tracker that is down, slow or broken ends with one line to the user, and never holds a search up."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,16 @@ def test_a_tracker_whose_process_dies_is_noted(run: RunDirectory, package: Path)
     package.write_text(DIES)
     with pytest.raises(TrackerError, match=r"trackio: its process ended without a word \(.*tracker-trackio\.log\)"):
         send_run(run, ["trackio"], lambda line: None)
+
+
+def test_a_tracker_that_blocks_does_not_outlive_a_search_that_was_killed(run: RunDirectory, package: Path) -> None:
+    package.write_text(BLOCKS)
+    command = [sys.executable, "-m", "raylora.trackers", "trackio", str(run.path), "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.close()
+        process.stdin.close()  # as the kernel does for a process that is killed
+        assert process.wait(timeout=60) == 1
 
 
 def test_without_trackers_no_process_starts(run: RunDirectory) -> None:
