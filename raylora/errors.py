@@ -45,5 +45,9 @@ class SearchError(RayloraError, RuntimeError):
     """The search cannot go on."""
 
 
+class TrackerError(RayloraError, RuntimeError):
+    """A tracker did not take what it was sent."""
+
+
 class MergeError(RayloraError, RuntimeError):
     """An adapter cannot be merged into its base."""

@@ -9,7 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "raylora"
 
-ORDER = ("config", "run", "base", "data", "training", "search", "merge", "evaluate", "report", "export", "cli")
+ORDER = (
+    "config",
+    "run",
+    "base",
+    "data",
+    "training",
+    "search",
+    "merge",
+    "evaluate",
+    "report",
+    "trackers",
+    "export",
+    "cli",
+)
 """Folders from the first stage to the last."""
 
 ENTRY_POINTS = {"compare", "doctor", "status", "testing", "trial"}
@@ -104,6 +117,7 @@ def test_ray_and_the_terminal_stay_where_they_belong(path: Path) -> None:
         "raylora.cli.app",
         "raylora.report.page",
         "raylora.report.comparison",
+        "raylora.trackers.follow",
         *sorted(
             f"raylora.{folder}.{path.stem}"
             for folder in ("config", "run")

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from raylora.errors import ConfigError, MergeError, RayloraError, SearchError, TrialError
+from raylora.errors import ConfigError, MergeError, RayloraError, SearchError, TrackerError, TrialError
 from raylora.quiet import quiet_libraries
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -36,7 +36,9 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
             function(*args, **kwargs)
         except RayloraError as error:
             _show(getattr(error, "cause", error))  # Ray wraps an error of a task into one with its whole traceback
-            raise typer.Exit(FAILED if isinstance(error, SearchError | TrialError | MergeError) else REFUSED) from error
+            raise typer.Exit(
+                FAILED if isinstance(error, SearchError | TrialError | MergeError | TrackerError) else REFUSED
+            ) from error
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

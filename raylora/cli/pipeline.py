@@ -30,6 +30,7 @@ from raylora.search.ray.cluster import call_on_device, cluster_devices, connecte
 from raylora.search.ray.lane import lane_settings
 from raylora.search.ray.run import run_search, start_broker
 from raylora.search.views import Views
+from raylora.trackers.processes import TrackerProcesses
 
 
 def run_pipeline(
@@ -75,6 +76,7 @@ def run_pipeline(
         if not address:
             stack.enter_context(local_ray(devices, logs=run.logs / "ray"))
         write_provenance(run, plan.config, _facts(plan))
+        stack.enter_context(TrackerProcesses(run, plan.config.report_to, screen.print))
         _search(run, plan, screen)
         _finish(run, plan, screen)
     print_summary(run, result)

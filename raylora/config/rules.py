@@ -1,6 +1,7 @@
 """Checks values of settings by rules that a type cannot say. Each raises a ValueError that states the rule."""
 
 import re
+from typing import Any
 
 from raylora.config.assignment import hint
 from raylora.config.optimizers import OPTIMIZERS
@@ -29,6 +30,13 @@ def pattern_with_group(pattern: str) -> str:
     if not n_groups:
         raise ValueError("must have a group (...), which is the answer")
     return pattern
+
+
+def split_names(names: Any) -> Any:
+    """Return comma-separated names as a list; `none` names nothing. Other values are checked by their type."""
+    if not isinstance(names, str):
+        return names
+    return [] if names == "none" else [name.strip() for name in names.split(",")]
 
 
 def local_path(path: str) -> str:

@@ -4,10 +4,10 @@ import itertools
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from raylora.config.assignment import Schedule
-from raylora.config.rules import known_optimizer, local_path, pattern_with_group, share_or_count
+from raylora.config.rules import known_optimizer, local_path, pattern_with_group, share_or_count, split_names
 from raylora.config.space import SearchSpace, parse_space
 from raylora.errors import ConfigError
 
@@ -284,6 +284,10 @@ class SearchConfig(Section):
     search: SearchSection = SearchSection()
     merge: MergeSection = MergeSection()
     evaluation: EvaluationSection = EvaluationSection()
+    report_to: Annotated[list[Literal["tensorboard", "mlflow", "wandb", "trackio"]], BeforeValidator(split_names)] = []
+    """Trackers that receive trials and scores (transformers' word), as a list or comma-separated; see
+    docs/trackers.md."""
+
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the lanes: `cuda` demands a GPU for each lane, `auto` uses GPUs if there are any."""
 

@@ -1,25 +1,39 @@
-"""Writes a run's tables and `report.md`, and prints the tables.
+"""Writes a run's tables and `report.md`, prints the tables, and sends it all to trackers if asked to.
 
-Run as `python -m raylora.report RUN_DIRECTORY`.
+Run as `python -m raylora.report RUN_DIRECTORY [--report_to TRACKER,TRACKER]`.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from raylora.cli.command import command, console, run_command
+from raylora.config.load import change_config
 from raylora.report.page import write_report
 from raylora.report.screen import print_summary
 from raylora.run.directory import existing_run
+from raylora.run.lock import locked
+from raylora.trackers.processes import send_run
+from raylora.trackers.tracker import check_installed
 
 
 @command
-def report(run_directory: Annotated[Path, typer.Argument(help="Folder of a search.")]) -> None:
+def report(
+    run_directory: Annotated[Path, typer.Argument(help="Folder of a search.")],
+    report_to: Annotated[
+        str, typer.Option("--report_to", help="Trackers to send it to: tensorboard, mlflow, wandb, trackio.")
+    ] = "none",
+) -> None:
     """Write rank_vs_loss and report.md from the files of the run directory, and print the tables."""
     run = existing_run(run_directory)
-    write_report(run)
-    print_summary(run, console())
+    trackers = change_config(run.config(), {"report_to": report_to}).report_to
+    check_installed(trackers)
+    with locked(run.path) if trackers else nullcontext():  # a running search sends by itself
+        write_report(run)
+        print_summary(run, console())
+        send_run(run, trackers, console().print)
 
 
 if __name__ == "__main__":

@@ -184,6 +184,6 @@ def _comparable(config: SearchConfig) -> list[str]:
         "repeats",
     ):
         values["search"].pop(key)
-    for key in ("evaluation", "merge", "cache_dir", "device"):
+    for key in ("evaluation", "merge", "report_to", "cache_dir", "device"):
         values.pop(key)
     return yaml.safe_dump(values, sort_keys=False).splitlines()

@@ -217,20 +217,39 @@ class EventLog:
         self._file.close()
 
 
-def read_events(path: Path) -> Iterator[Event]:
-    """Yield all events of a log in order; a torn last line is left out, a missing file holds none.
+class EventReader:
+    """Reads a log that another process may still be writing.
 
-    Raises:
-        RunDirectoryError: a line is broken, with its number.
+    Args:
+        path: `events.jsonl`.
     """
-    if not path.is_file():
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                values = json.loads(line)
-                yield _KINDS[values.pop("event")](**values)
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunDirectoryError(f"{path}:{number}: not an event of this version of raylora: {error}") from error
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position, self._n_lines = path, 0, 0
+
+    def read(self) -> Iterator[Event]:
+        """Yield the events since the last call in order; a torn last line is left out, a missing file holds none.
+
+        Raises:
+            RunDirectoryError: a line is broken, with its number.
+        """
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as lines:
+            lines.seek(self._position)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    return
+                self._position, self._n_lines = self._position + len(line), self._n_lines + 1
+                try:
+                    values = json.loads(line)
+                    yield _KINDS[values.pop("event")](**values)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise RunDirectoryError(
+                        f"{self._path}:{self._n_lines}: not an event of this version of raylora: {error}"
+                    ) from error
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """Yield all events of a log in order, as `EventReader.read` does."""
+    return EventReader(path).read()

@@ -1,6 +1,6 @@
 """Defines what a trial reports when it reaches a rung, whichever engine trains it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,9 @@ class RungMetrics:
     trainable_parameters: int
     checkpoint: str
     """Directory to resume from; holds the adapter in peft's format."""
+
+    step_losses: list[float] = field(default_factory=list, kw_only=True)
+    """Training loss of each step since the last report, nats per token."""
+
+    step_learning_rates: list[float] = field(default_factory=list, kw_only=True)
+    """Learning rate of each step since the last report."""

@@ -47,6 +47,9 @@ class HistoryRow(RungMetrics):
     """Seconds since 1970."""
 
 
+_HISTORY_COLUMNS = {column.name for column in fields(HistoryRow)}
+
+
 @dataclass(frozen=True)
 class TrialRow:
     """One trial as it stands; columns of `trials.parquet`, see results/README.md."""
@@ -247,7 +250,7 @@ class SearchState:
         row = self.trials[event.number]
         times = {name: event.metrics[name] + (getattr(row, name) or 0.0) for name in TIMES}
         values = {**event.metrics, **times, "number": event.number, "reported_at": event.time}
-        self.history.append(HistoryRow(**{column.name: values[column.name] for column in fields(HistoryRow)}))
+        self.history.append(HistoryRow(**{name: values[name] for name in _HISTORY_COLUMNS & values.keys()}))
         known = {column.name: values[column.name] for column in fields(TrialRow) if column.name in values}
         speed = values["tokens_seen"] / times["train_seconds"] if times["train_seconds"] else None
         self._change(event.number, **known, tokens_per_second=speed)

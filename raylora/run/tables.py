@@ -53,6 +53,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> No
 def _schema(row_type: type) -> pa.Schema:
     """Return Arrow types from the annotations of a row class."""
     types = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "bool": pa.bool_()}
+    types["list"] = pa.list_(pa.float64())
     names = {column.name: str(getattr(column.type, "__name__", column.type)) for column in fields(row_type)}
     return pa.schema([(name, types[annotation.removesuffix(" | None")]) for name, annotation in names.items()])
 

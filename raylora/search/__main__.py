@@ -14,6 +14,7 @@ from raylora.cli.spaces import find_space
 from raylora.config.load import load_config
 from raylora.run.directory import open_run
 from raylora.run.lock import locked
+from raylora.trackers.tracker import check_installed
 
 
 @command
@@ -36,6 +37,7 @@ def search(
         overrides["merge.tolerance"] = str(merge_tolerance)
     space = find_space(space)
     config = load_config(space, overrides)
+    check_installed(config.report_to)
     run = open_run(local_path(output or Path("results") / space.stem), config, resume=resume)
     with nullcontext() if dry_run else locked(run.path):
         from raylora.cli.pipeline import run_pipeline  # noqa: PLC0415  # loads torch and Ray: not for a wrong setting

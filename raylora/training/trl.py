@@ -220,6 +220,7 @@ class _RungCallback(TrainerCallback):
         self._engine, self._model, self._rungs, self._report = engine, model, rungs, report
         self._stepped, self._epoch = stepped, 0.0
         self._losses: list[float] = []
+        self._learning_rates: list[float] = []
         self._eval_loss = math.nan
         self._train_seconds = self._eval_seconds = 0.0
         self._last_report = arrived
@@ -253,9 +254,10 @@ class _RungCallback(TrainerCallback):
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Collect the training loss of a step."""
+        """Collect the training loss and the learning rate of a step."""
         if logs and "loss" in logs:
             self._losses.append(logs["loss"])
+            self._learning_rates.append(logs["learning_rate"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Report the rung. Trainer calls this once the checkpoint is complete, so no report names a partial one.
@@ -278,8 +280,11 @@ class _RungCallback(TrainerCallback):
             peak_memory_mib=peak_memory_mib(),
             trainable_parameters=self._trainable,
             checkpoint=str(Path(args.output_dir) / f"checkpoint-{state.global_step}"),
+            step_losses=self._losses,
+            step_learning_rates=self._learning_rates,
         )
         control.should_training_stop = self._report(report) or state.global_step >= self._rungs[-1]
-        self._losses, self._train_seconds, self._eval_seconds = [], 0.0, 0.0
+        self._losses, self._learning_rates = [], []
+        self._train_seconds = self._eval_seconds = 0.0
         self._last_report = time.perf_counter()
         return control

@@ -39,6 +39,20 @@ def test_command_line_beats_file_beats_default() -> None:
     assert config.space["r"] == {"choice": [1, 64]}
 
 
+@pytest.mark.parametrize(
+    ("value", "trackers"),
+    [
+        ("mlflow", ["mlflow"]),
+        ("tensorboard, wandb", ["tensorboard", "wandb"]),
+        ("[trackio]", ["trackio"]),
+        ("none", []),
+    ],
+)
+def test_trackers_are_a_list_or_separated_by_commas(value: str, trackers: list[str]) -> None:
+    assert load_config(SMOKE, {"report_to": value}).report_to == trackers
+    assert load_config(SMOKE).report_to == []
+
+
 def test_numbers_like_2e_4_are_numbers() -> None:
     assert load_config(SMOKE, {"space.learning_rate": "2e-4"}).space["learning_rate"] == 2e-4
 
@@ -68,6 +82,8 @@ def test_the_resolved_config_loads_to_the_same_config() -> None:
         ("space", "{}", r"space: must name r, lora_alpha, lora_dropout, learning_rate, found nothing"),
         ("space", "{r: 8}", r"space\.lora_alpha: required, but not given"),
         ("search.sampler", "grid", r"space\.lora_dropout: sampler grid needs values or choices"),
+        ("report_to", "mlfow", r"report_to\.0 = 'mlfow': must be 'tensorboard', 'mlflow', 'wandb' or 'trackio'"),
+        ("report_to", "3", r"report_to = 3: must be a valid list"),
     ],
 )
 def test_bad_settings_name_key_value_and_rule(key: str, value: str, message: str) -> None:

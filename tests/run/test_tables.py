@@ -8,9 +8,10 @@ import pytest
 
 from raylora.run import tables
 from raylora.run.directory import RunDirectory
+from raylora.run.events import Started
 from raylora.run.state import SearchState
 from raylora.run.tables import TableWriter, write_tables
-from tests.helpers import LANE, SESSION, history_of, proposed
+from tests.helpers import LANE, SESSION, history_of, proposed, reported
 
 
 def test_tables_hold_a_row_per_trial_and_per_report(tmp_path: Path) -> None:
@@ -24,6 +25,22 @@ def test_tables_hold_a_row_per_trial_and_per_report(tmp_path: Path) -> None:
     ]
     history = pyarrow.parquet.read_table(run.history_file).to_pylist()
     assert [(row["number"], row["step"], row["eval_loss"]) for row in history] == [(0, 3, 4.0), (0, 9, 1.0)]
+
+
+def test_history_holds_the_loss_and_learning_rate_of_each_step(tmp_path: Path) -> None:
+    steps = {"step_losses": [3.0, 2.5, 2.0], "step_learning_rates": [0.0, 1e-3, 2e-3]}
+    state = SearchState([SESSION, LANE, proposed(0), Started(0, 1, "0", None), reported(0, 3, 4.0, **steps)])
+    write_tables(RunDirectory(tmp_path), state)
+    (row,) = pyarrow.parquet.read_table(RunDirectory(tmp_path).history_file).to_pylist()
+    assert {name: row[name] for name in steps} == steps
+
+
+def test_a_log_without_the_losses_of_steps_is_read(tmp_path: Path) -> None:
+    report = reported(0, 3, 4.0)
+    for name in ("step_losses", "step_learning_rates"):
+        del report.metrics[name]
+    (row,) = SearchState([SESSION, LANE, proposed(0), Started(0, 1, "0", None), report]).history
+    assert (row.eval_loss, row.step_losses) == (4.0, [])
 
 
 def test_tables_of_a_running_search_are_read_whole(tmp_path: Path) -> None:

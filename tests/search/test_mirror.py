@@ -1,6 +1,13 @@
 """The study for optuna-dashboard: the same trials in the same states, and never the end of a search."""
 
-from collections.abc import Callable
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -57,6 +64,53 @@ def test_a_mirror_follows_a_search_event_by_event(config: SearchConfig, tmp_path
     views.close()
     study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{simulation.run.study_file}")
     assert [3 in trial.intermediate_values for trial in study.trials[:3]] == [True] * 3
+
+
+@contextmanager
+def dashboard(file: Path) -> Iterator[str]:
+    """Yield the address of an optuna-dashboard that shows a study file."""
+    program = Path(sys.executable).with_name("optuna-dashboard")
+    if not program.exists():
+        pytest.skip("optuna-dashboard is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with subprocess.Popen([program, f"sqlite:///{file}", "--port", port], stderr=subprocess.DEVNULL) as server:
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+def shown(address: str, *states: str) -> list[str]:
+    """Return the states of trials that a dashboard shows, once they are these, or after a minute."""
+    found: list[str] = []
+    deadline = time.monotonic() + 60
+    while found != list(states) and time.monotonic() < deadline:
+        time.sleep(0.2)  # it starts, or shows trials that it read a moment ago
+        try:
+            with urllib.request.urlopen(f"{address}/api/studies/1?after=0", timeout=10) as answer:
+                found = [trial["state"] for trial in json.load(answer)["trials"]]
+        except OSError:
+            continue
+    return found
+
+
+def test_optuna_dashboard_shows_a_search_that_is_still_written(config: SearchConfig, tmp_path: Path) -> None:
+    simulation = Simulation(config, tmp_path)
+    notes: list[str] = []
+    views = views_of(simulation, notes)
+    simulation.controller.listen(views.add)
+    with dashboard(simulation.run.study_file) as address:
+        assert shown(address, *["Running"] * 3) == ["Running"] * 3
+        simulation.finish()
+        # of six trials one is promoted to the end and repeated, and five are stopped
+        states = {"finished": "Complete", "stopped": "Pruned"}
+        expected = [states[state] for state in simulation.states]
+        assert expected.count("Complete") == 2
+        assert shown(address, *expected) == expected
+    views.close()
+    assert notes == []
 
 
 def test_a_broken_mirror_is_noted_once_and_left_alone(config: SearchConfig, tmp_path: Path) -> None:

@@ -183,19 +183,18 @@ class PackedEngine:
                 batches.append(batch)
         began = time.perf_counter()
         try:
-            losses = torch.cat([self.pack.backward(part) for part in cut(batches, self.tokens_per_pass)])
+            losses = torch.cat([self.pack.backward(part) for part in cut(batches, self.tokens_per_pass)]).unbind()
         except Exception:
             for trial in trials:
                 trial.adapter.zero_grad()
             raise
         for trial in trials:
-            trial.update()
+            trial.update([loss for owner, loss in zip(owners, losses, strict=True) if owner is trial])
         if self._on_gpu and self._due():
             torch.cuda.synchronize()  # what is still under way belongs to training, not to validation
         seconds = time.perf_counter() - began
         self.tokens_of_step = n_tokens = sum(batch.n_tokens for batch in batches)
-        for trial, batch, loss in zip(owners, batches, losses, strict=True):
-            trial.losses.append(loss)
+        for trial, batch in zip(owners, batches, strict=True):
             trial.tokens_seen += batch.n_tokens
             # passes are shared, and so is their time: by tokens
             trial.seconds["train"] += seconds * batch.n_tokens / n_tokens

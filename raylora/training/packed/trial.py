@@ -102,8 +102,14 @@ class PackedTrial:
         )
         self.step = self.tokens_seen = 0
         self._reported_step = 0
-        self.losses: list[Tensor] = []
-        """Training losses since the last report, one scalar a micro-batch, nats per token of its step."""
+        self._losses: list[float] = []
+        """Training loss of each step since the last report, but for those in `_recent`, nats per token."""
+
+        self._recent: list[list[Tensor]] = []
+        """Training losses of the newest steps, one scalar a micro-batch, still on the device."""
+
+        self._learning_rates: list[float] = []
+        """Learning rate of each step since the last report."""
 
         self.seconds = dict.fromkeys(("train", "eval", "other"), 0.0)
         """Time since the last report."""
@@ -127,8 +133,14 @@ class PackedTrial:
             for index, batch in enumerate(batches)
         ]
 
-    def update(self) -> None:
-        """Take one optimizer step with the gradients that the micro-batches have added up."""
+    def update(self, losses: list[Tensor]) -> None:
+        """Take one optimizer step with the gradients that the micro-batches have added up.
+
+        Args:
+            losses: a scalar of each micro-batch, nats per token of the step.
+        """
+        self._recent.append(losses)
+        self._learning_rates.append(float(self._optimizer.param_groups[0]["lr"]))
         if self._max_grad_norm > 0:
             clip_grad_norm_(self.adapter.parameters, self._max_grad_norm)
         self._optimizer.step()
@@ -151,8 +163,9 @@ class PackedTrial:
             OSError: the checkpoint cannot be written.
         """
         seconds, reported = self.seconds, self._reported_checkpoint
-        train_loss = float(torch.stack(self.losses).sum()) / (self.step - self._reported_step)
-        self.losses, self.seconds, self._reported_step = [], dict.fromkeys(seconds, 0.0), self.step
+        losses, learning_rates = self._step_losses(), self._learning_rates
+        self._losses, self._learning_rates = [], []
+        self.seconds, self._reported_step = dict.fromkeys(seconds, 0.0), self.step
         began = time.perf_counter()
         checkpoint = self.save()
         seconds["other"] += time.perf_counter() - began
@@ -161,7 +174,7 @@ class PackedTrial:
             step=self.step,
             epoch=self.step / self.order.steps_per_epoch,
             eval_loss=eval_loss,
-            train_loss=train_loss,
+            train_loss=sum(losses) / len(losses),
             tokens_seen=self.tokens_seen,
             train_seconds=seconds["train"],
             eval_seconds=seconds["eval"],
@@ -169,7 +182,17 @@ class PackedTrial:
             peak_memory_mib=peak_memory_mib(),
             trainable_parameters=self.adapter.n_parameters,
             checkpoint=str(checkpoint),
+            step_losses=losses,
+            step_learning_rates=learning_rates,
         )
+
+    def _step_losses(self) -> list[float]:
+        """Return the training loss of each step since the last report; waits for the device."""
+        if self._recent:
+            on_host = iter(torch.stack([loss for losses in self._recent for loss in losses]).tolist())
+            self._losses += [sum(next(on_host) for _ in losses) for losses in self._recent]
+            self._recent = []
+        return self._losses
 
     def save(self) -> Path:
         """Write a checkpoint: the adapter in peft's format, and what training needs to go on from it.
@@ -197,7 +220,8 @@ class PackedTrial:
             "tokens_seen": self.tokens_seen,
             "reported_step": self._reported_step,
             "seconds": self.seconds,
-            "loss_sum": float(torch.stack(self.losses).sum()) if self.losses else 0.0,
+            "step_losses": self._step_losses(),
+            "step_learning_rates": self._learning_rates,
             "moments": {key: {n: t.cpu().clone() for n, t in self._moment(key).items()} for key in MOMENTS},
             "learning_rate": self._optimizer.param_groups[0]["lr"],
             "scheduler": self._scheduler.state_dict(),
@@ -211,7 +235,7 @@ class PackedTrial:
         state = torch.load(checkpoint / "trial_state.pt", weights_only=True, map_location="cpu")
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         self.seconds, self._reported_step = state["seconds"], state["reported_step"]
-        self.losses = [torch.tensor(state["loss_sum"], dtype=torch.float64, device=self.adapter.parameters[0].device)]
+        self._losses, self._learning_rates = state["step_losses"], state["step_learning_rates"]
         if self._reported_step:
             self._reported_checkpoint = self.directory / f"checkpoint-{self._reported_step}"
         for key in MOMENTS:

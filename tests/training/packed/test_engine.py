@@ -165,6 +165,30 @@ def test_a_paused_trial_goes_on_as_if_it_had_never_paused(trl: TrlEngine, tmp_pa
     assert sorted(path.name for path in (tmp_path / "0").iterdir()) == ["checkpoint-19", "checkpoint-20"]
 
 
+def test_a_report_carries_loss_and_learning_rate_of_each_step_since_the_last(trl: TrlEngine, tmp_path: Path) -> None:
+    one = assignment(lora_dropout=0.0, lr_scheduler_type="linear", learning_rate=8e-3, gradient_accumulation_steps=2)
+    expected: list[RungMetrics] = []
+    trl.fit(one, rungs=[2, 8], directory=tmp_path / "trl", report=lambda report: bool(expected.append(report)))
+    engine = packed(trl)
+    engine.add(0, one, rungs=[2, 8], directory=tmp_path / "0")
+    (report,) = [report for _ in range(2) for report in engine.step().values()]
+    for _ in range(3):
+        engine.step()
+    checkpoint = engine.trials[0].save()  # between two rungs
+    engine = packed(trl)
+    engine.add(0, one, rungs=[2, 8], directory=tmp_path / "0", resume_from=str(checkpoint))
+    (last,) = [report for _ in range(3) for report in engine.step().values()]
+    # 8e-3 falls to 0 in 8 steps; a step's rate is the one before the schedule moves on
+    assert [*report.step_learning_rates, *last.step_learning_rates] == pytest.approx(
+        [8e-3, 7e-3, 6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3]
+    )
+    for mine, theirs in zip((report, last), expected, strict=True):
+        assert mine.step_learning_rates == theirs.step_learning_rates
+        # float32's rounding, grown over the steps
+        assert mine.step_losses == pytest.approx(theirs.step_losses, rel=2e-4)
+        assert mine.train_loss == pytest.approx(sum(mine.step_losses) / len(mine.step_losses))
+
+
 def test_a_step_without_memory_changes_nothing_and_the_younger_half_leaves(
     trl: TrlEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
