@@ -5,11 +5,13 @@ none of them.
 """
 
 import importlib.metadata
+import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -38,16 +40,90 @@ class Finding:
 
 
 @command
-def doctor() -> None:
-    """Check what a search needs. The exit code is 1 if something would keep it from running."""
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a program to read.")] = False,
+) -> None:
+    """Check what a search needs, and say what this machine can train. Exit code 1: something keeps it from running."""
     screen = console()
-    findings = [check() for check in CHECKS]
-    for finding in findings:
-        screen.print(
-            f"{'ok  ' if finding.ok else 'FAIL'} {finding.text}" + (f"\n     -> {finding.cure}" if finding.cure else "")
-        )
+    findings, sizes = [check() for check in CHECKS], trainable()
+    if as_json:
+        found = {"findings": [asdict(finding) for finding in findings], "trainable": [asdict(size) for size in sizes]}
+        print(json.dumps(found, indent=2))
+    else:
+        for finding in findings:
+            screen.print(
+                f"{'ok  ' if finding.ok else 'FAIL'} {finding.text}"
+                + (f"\n     -> {finding.cure}" if finding.cure else "")
+            )
+        screen.print(f"\nby estimate, of r {R} and rows of {LENGTH} tokens, this machine trains at once, a device:")
+        for size in sizes:
+            n = f"{size.trials} trials" if size.trials > 1 else "one trial" if size.trials else "nothing"
+            again = ", activations recomputed" if size.trials and size.gradient_checkpointing else ""
+            screen.print(f"  {size.base:4} {n}{again}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(FAILED)
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What a device of this machine can train of one size of base."""
+
+    base: str
+    """Size in billions of parameters, such as `7B`."""
+
+    trials: int
+    """Trials at once, by estimate; 0 if the base does not fit."""
+
+    gradient_checkpointing: bool
+    """True if activations are recomputed for it."""
+
+
+SHAPES = {"0.1B": (576, 1536, 30, 49152), "1B": (2048, 8192, 16, 128256), "3B": (3072, 8192, 28, 128256)}
+SHAPES |= {"8B": (4096, 14336, 32, 128256), "14B": (5120, 17408, 40, 151936), "32B": (5120, 25600, 64, 151936)}
+SHAPES |= {"70B": (8192, 28672, 80, 128256)}
+"""Size -> hidden size, intermediate size, layers and vocabulary, of SmolLM2, Llama 3 and Qwen3."""
+
+R, LENGTH, MAX_TRIALS = 16, 1024, 16
+
+
+def trainable() -> list[Trainable]:
+    """Return what the smallest device of this machine can train of each size, by the estimate of a search."""
+    import torch  # noqa: PLC0415
+    from transformers import LlamaConfig  # noqa: PLC0415
+
+    from raylora.base.architecture import Architecture  # noqa: PLC0415
+    from raylora.search.ray.cluster import local_devices  # noqa: PLC0415
+    from raylora.training.memory import TOKENS_PER_PASS, adapter_parameters, estimate_memory  # noqa: PLC0415
+
+    on_gpu, memory_mib = torch.cuda.is_available(), local_devices().memory_mib or 0.0
+    found = []
+    for name, (hidden, intermediate, layers, vocabulary) in SHAPES.items():
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            vocab_size=vocabulary,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=max(1, hidden // 64 // 4),
+            tie_word_embeddings=hidden < 4096,
+        )
+        architecture = Architecture.of_config(config)
+        memory = estimate_memory(
+            config,
+            architecture,
+            n_adapter_parameters=adapter_parameters(architecture.shapes, R),
+            rows=1,
+            length=LENGTH,
+            dtype_bytes=2 if on_gpu else 4,
+            nf4=True,
+            double_quant=True,
+            grouped=on_gpu,
+        )
+        tokens = TOKENS_PER_PASS["gpu" if on_gpu else "cpu"]
+        fit = memory.fit(memory_mib - memory.base_mib, slots=MAX_TRIALS, tokens=tokens, checkpointing="auto")
+        fits = memory.total_mib(fit) <= memory_mib
+        found.append(Trainable(name, fit.slots if fits else 0, fit.checkpointing))
+    return found
 
 
 def check_python() -> Finding:

@@ -25,7 +25,7 @@ ORDER = (
 )
 """Folders from the first stage to the last."""
 
-ENTRY_POINTS = {"compare", "doctor", "status", "testing", "trial"}
+ENTRY_POINTS = {"compare", "doctor", "init", "status", "testing", "trial"}
 """Top-level modules that are commands; they and `__main__.py` files may import anything, and nobody imports them."""
 
 FOUNDATIONS = {"errors", "quiet"}

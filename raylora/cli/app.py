@@ -10,6 +10,7 @@ from raylora.compare import compare
 from raylora.doctor import doctor
 from raylora.evaluate.__main__ import evaluate
 from raylora.export.__main__ import export
+from raylora.init import init
 from raylora.merge.__main__ import merge
 from raylora.report.__main__ import report
 from raylora.search.__main__ import search
@@ -21,5 +22,5 @@ app = typer.Typer(
 )
 for function in (search, trial, merge):
     app.command(context_settings=OVERRIDES)(function)
-for function in (status, evaluate, report, compare, export, doctor):
+for function in (init, status, evaluate, report, compare, export, doctor):
     app.command()(function)

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from raylora.config.load import dump_config
@@ -23,12 +24,14 @@ from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory, check_same_data, with_pinned_commits
 from raylora.run.events import EventLog, read_events
 from raylora.run.provenance import write_provenance
+from raylora.run.state import SearchState
 from raylora.search.controller import SearchController
 from raylora.search.messages import Pulse
 from raylora.search.plan import Plan, make_plan
 from raylora.search.ray.cluster import call_on_device, cluster_devices, connected, local_devices, local_ray
 from raylora.search.ray.lane import lane_settings
 from raylora.search.ray.run import run_search, start_broker
+from raylora.search.speed import Speed, measured_speed, remember_speed, remembered_speed
 from raylora.search.views import Views
 from raylora.trackers.processes import TrackerProcesses
 
@@ -68,7 +71,7 @@ def run_pipeline(
         check_same_data(run, plan.data.fingerprint)
         if verbose:
             screen.print(dump_config(plan.config), style="dim")
-        show_plan(screen, plan)
+        show_plan(screen, plan, speed=_speed(run, plan))
         if dry_run:
             screen.print("dry run: nothing was started")
             return
@@ -110,12 +113,30 @@ def _search(run: RunDirectory, plan: Plan, screen: Console) -> None:
 
 def _finish(run: RunDirectory, plan: Plan, screen: Console) -> None:
     """Merge, check and report; the first two where the lanes were, since a cluster's head may have no GPU."""
+    _remember_speed(run, plan)
     best = save_best_adapter(run)
     screen.print(f"best: trial {best.number}, eval_loss {best.eval_loss:.4f}; adapter in {run.best_adapter}")
     for what, step in (("merging into the base", merge_run), ("generating on held-out prompts", evaluate_run)):
         with Stage(what, run.activity_file, screen) as stage:
             call_on_device(step, run, on_gpu=plan.on_gpu, n_cpus=plan.node_cpus, waiting=stage.refresh)
     write_report(run)
+
+
+def _speed(run: RunDirectory, plan: Plan) -> Speed | None:
+    """Return the speed that an earlier search has measured here; None if there is none."""
+    if plan.on_gpu and not torch.cuda.is_available():
+        return None  # the lanes' GPUs are elsewhere
+    device = torch.cuda.get_device_name() if plan.on_gpu else "cpu"
+    return remembered_speed(run.cache(plan.config), plan.config.base_model, device)
+
+
+def _remember_speed(run: RunDirectory, plan: Plan) -> None:
+    """Keep the speed of this search for the forecast of the next."""
+    state = SearchState.load(run)
+    speed = measured_speed(state, plan.data.summaries["validation"].tokens)
+    device = next((lane.facts["device"] for lane in state.lanes.values() if "device" in lane.facts), None)
+    if speed is not None and device is not None:
+        remember_speed(run.cache(plan.config), plan.config.base_model, device, speed)
 
 
 def _facts(plan: Plan) -> dict[str, object]:
@@ -128,6 +149,8 @@ def _facts(plan: Plan) -> dict[str, object]:
         "rungs": plan.rungs,
         "on_gpu": plan.on_gpu,
         "n_lanes": plan.n_lanes,
+        "hidden_size": plan.hidden_size,
+        "model_type": plan.model_type,
         "seed": plan.config.search.seed,
         "n_cpus": os.cpu_count(),
     }

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from raylora.config.learning_rate import rule_learning_rate
 from raylora.report.facts import RunFacts
 from raylora.report.words import change, learning_rate
 from raylora.run.atomic import read_json
@@ -17,9 +18,6 @@ NEAR_RATE = 1.5
 
 NEAR_RANK = 2.0
 """Likewise for r, which matters far less (Hu et al. 2021, section 7.2)."""
-
-RULE_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
-"""Beginning of transformers' `model_type` -> exponent of the learning-rate rule."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,9 @@ def learning_rate_rule(hidden_size: int, model_type: str) -> Baseline | None:
     Args:
         hidden_size: of the base.
         model_type: transformers' name of its architecture.
-
-    Source: Thinking Machines, Tinker cookbook: 5e-5 * 10 * (2000 / hidden_size) ** exponent.
     """
-    exponent = next((value for name, value in RULE_EXPONENTS.items() if model_type.startswith(name)), None)
-    if exponent is None:
-        return None
-    return Baseline("the learning-rate rule", learning_rate=5e-5 * 10 * (2000 / hidden_size) ** exponent)
+    rate = rule_learning_rate(hidden_size, model_type)
+    return None if rate is None else Baseline("the learning-rate rule", rate)
 
 
 def baselines(facts: RunFacts) -> list[Baseline]:
@@ -139,6 +133,8 @@ def _within(value: float, other: float, factor: float) -> bool:
 
 def _shape(facts: RunFacts) -> tuple[int, str] | None:
     """Return hidden size and model type of the base, or None if no config of it is at hand."""
+    if "hidden_size" in facts.provenance:
+        return facts.provenance["hidden_size"], facts.provenance["model_type"]
     folders = [facts.run.merged(form) for form in facts.config.merge.formats]
     for folder in (*folders, Path(facts.config.base_model.name)):
         if (folder / "config.json").is_file():

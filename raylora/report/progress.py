@@ -162,12 +162,17 @@ class Progress:
 
 
 def time_left(seconds: float | None) -> str:
-    """Return a time as people say it."""
+    """Return the time left in words."""
     if seconds is None:
         return "time left unknown"
+    return f"{duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that people use for it."""
     if seconds >= 5400:
-        return f"about {seconds / 3600:.1f} h left"
-    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        return f"about {seconds / 3600:.1f} h"
+    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
 
 
 def _cells(row: TrialRow, step: int) -> list[str]:

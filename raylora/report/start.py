@@ -4,21 +4,32 @@ from rich.console import Console
 
 from raylora.config.schema import SearchConfig
 from raylora.data.prepare import PreparedData
+from raylora.report.progress import duration
+from raylora.run.state import SearchState
+from raylora.search.forecast import Forecaster
 from raylora.search.plan import Plan
+from raylora.search.speed import Speed
 from raylora.training.memory import Fit
 
 LABEL = 9
 """Width of the labels."""
 
 
-def show_plan(screen: Console, plan: Plan) -> None:
-    """Show base, data, space, trials, lanes and memory, a line each; then what looks wrong.
+def show_plan(screen: Console, plan: Plan, speed: Speed | None = None) -> None:
+    """Show base, data, space, trials, lanes, memory and time, a line each; then what looks wrong.
 
     Args:
         screen: terminal to print to.
         plan: the search.
+        speed: what an earlier search has measured on this device; None if none has.
     """
-    for label, text in (_base(plan), *_data(plan.data), *_space(plan.config), *_trials(plan)):
+    for label, text in (
+        _base(plan),
+        *_data(plan.data),
+        *_space(plan.config),
+        *_trials(plan),
+        ("time", _time(plan, speed)),
+    ):
         screen.print(f"{label:{LABEL}} {text}")
     for line in (*plan.data.notes(), *plan.notes):
         screen.print(line)
@@ -79,3 +90,19 @@ def _trials(plan: Plan) -> list[tuple[str, str]]:
             f"{plan.tokens_per_pass:,} tokens a pass",
         ),
     ]
+
+
+def _time(plan: Plan, speed: Speed | None) -> str:
+    """Return the time that training and validation will take, if the speed is known."""
+    forecast = Forecaster(plan.config, plan.rungs).forecast(SearchState(), 0.0)
+    steps = f"{forecast.steps_left:,} steps of all trials together"
+    if speed is None:
+        return f"unknown before the first steps; about {steps}"
+    train, validation = plan.data.summaries["train"], plan.data.summaries["validation"]
+    rows = plan.config.training.per_device_train_batch_size * plan.config.training.gradient_accumulation_steps
+    tokens = forecast.steps_left * rows * train.tokens / train.rows
+    seconds = tokens / speed.tokens_per_second + forecast.reports_left * speed.seconds_per_report * validation.tokens
+    return (
+        f"{duration(seconds / plan.n_lanes)} for about {steps}, at the speed of {speed.measured}; merge and held-out "
+        "check come after"
+    )

@@ -15,6 +15,9 @@ class Forecast:
     steps_left: int
     """Expected, were trials to be promoted as halving usually does."""
 
+    reports_left: int
+    """Validations expected."""
+
     seconds_left: float | None
     """None before any step was taken."""
 
@@ -55,7 +58,7 @@ class Forecaster:
         steps_left, reports_left = self._left(state, at)
         n_lanes = sum(lane.lost is None for lane in state.lanes.values())
         seconds = self._seconds(state, now, done, steps_left, reports_left)
-        return Forecast(done, steps_left, None if seconds is None or not n_lanes else seconds / n_lanes)
+        return Forecast(done, steps_left, reports_left, None if seconds is None or not n_lanes else seconds / n_lanes)
 
     def _seconds(self, state: SearchState, now: float, done: int, steps: int, reports: int) -> float | None:
         """Return the seconds of a lane that the rest takes: by what reports say, else by the clock."""

@@ -12,6 +12,7 @@ from raylora.data.prepare import PreparedData, prepare_data
 from raylora.data.read import check_sources, hub_commit
 from raylora.errors import DeviceError
 from raylora.run.directory import RunDirectory
+from raylora.search.warnings import warnings
 from raylora.training.memory import MemoryEstimate, adapter_parameters, estimate_memory, tokens_per_pass
 from raylora.training.packed.engine import RANK_MULTIPLE
 
@@ -54,8 +55,12 @@ class Plan:
     memory: MemoryEstimate
     """Memory of the largest trials that the space allows."""
 
+    hidden_size: int
+    model_type: str
+    """transformers' name of the base's architecture."""
+
     notes: list[str]
-    """Sentences on what is not adapted."""
+    """Sentences on what is not adapted, and on what will disappoint."""
 
 
 def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan:
@@ -95,11 +100,21 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         grouped=on_gpu,
     )
     _check_memory(memory, architecture, devices)
+    # a resumed search keeps its rungs, whatever its number of trials is now
+    rungs = run.provenance()["rungs"] if run.provenance_file.is_file() else config.rungs(max_steps(config, data))
+    text = model_config.get_text_config()
+    expectations = warnings(
+        config,
+        data,
+        rungs,
+        n_adapter_parameters=max(adapter_parameters(shapes, max(_possible(config, "r"))) for shapes in adapted),
+        hidden_size=text.hidden_size,
+        model_type=text.model_type,
+    )
     return Plan(
         config=config,
         data=data,
-        # a resumed search keeps its rungs, whatever its number of trials is now
-        rungs=run.provenance()["rungs"] if run.provenance_file.is_file() else config.rungs(max_steps(config, data)),
+        rungs=rungs,
         on_gpu=on_gpu,
         n_lanes=n_lanes,
         slots=plan_slots(config, data, on_gpu=on_gpu, n_lanes=n_lanes),
@@ -107,7 +122,9 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         threads=plan_threads(devices, n_lanes),
         node_cpus=devices.node_cpus,
         memory=memory,
-        notes=architecture.notes(),
+        hidden_size=text.hidden_size,
+        model_type=text.model_type,
+        notes=architecture.notes() + expectations,
     )
 
 
