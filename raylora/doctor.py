@@ -142,6 +142,7 @@ def check_gpu() -> Finding:
     """Check that torch can use the GPU, if there is one. A search needs none."""
     import torch  # noqa: PLC0415
 
+    from raylora.training.packed.fused import has_fused_products  # noqa: PLC0415
     from raylora.training.packed.group import has_grouped_products  # noqa: PLC0415
 
     if torch.cuda.is_available():
@@ -150,7 +151,10 @@ def check_gpu() -> Finding:
         dtype = (
             "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16 (it has no bfloat16)"
         )
-        products = "grouped" if has_grouped_products(torch.device("cuda")) else "trial by trial"
+        device = torch.device("cuda")
+        products = "in groups" if has_grouped_products(device) else "trial by trial"
+        if has_fused_products(device, torch.bfloat16 if dtype == "bfloat16" else torch.float16):
+            products = "by fused kernels"
         return Finding(True, f"GPU: {names}; trains in {dtype}, adapters multiply {products}")
     if shutil.which("nvidia-smi"):
         return Finding(

@@ -60,8 +60,9 @@ def verdict(result: dict[str, Any]) -> str:
     if result["passed"] is None:
         return f"merged by {result['strategy']}; without rows, its loss against the adapter was not measured"
     against = change(1 + result["loss_increase"], 1)
+    word = "to " if against == "equal" else "" if against.endswith("times") else "than "
     return (
-        f"merged by {result['strategy']}: validation loss against the adapter {against}, "
+        f"merged by {result['strategy']}: validation loss {against} {word}the adapter's, "
         f"tolerance {100 * result['tolerance']:g} %"
     )
 

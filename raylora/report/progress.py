@@ -99,10 +99,9 @@ class Progress:
         state = self._state
         counts = ", ".join(f"{state.count(name)} {name}" for name in reversed(STATES) if state.count(name))
         ended = sum(state.count(name) for name in ENDED)
-        best = state.best()
         parts = [
             f"{ended}/{self._n_trials} trials: {counts}" if counts else f"{ended}/{self._n_trials} trials",
-            f"best {best.final_loss:.4f} (trial {best.number})" if best else "no best yet",
+            _best(state),
         ]
         forecast = self._forecaster.forecast(state, time.time(), self._steps())
         if ended < self._n_trials or forecast.steps_left:
@@ -159,6 +158,15 @@ class Progress:
             for number in lane.trials & pulse.steps.keys() if lane is not None else ():
                 found[number] = max(pulse.steps[number], self._state.trials[number].step)
         return found
+
+
+def _best(state: SearchState) -> str:
+    """Return the best trial; before one has finished, the one that is ahead."""
+    if (best := state.best()) is not None:
+        return f"best {best.final_loss:.4f} (trial {best.number})"
+    for ahead in state.leaders(1):
+        return f"ahead {ahead.eval_loss:.4f} (trial {ahead.number}, step {ahead.step})"
+    return "no loss yet"
 
 
 def time_left(seconds: float | None) -> str:

@@ -1,5 +1,6 @@
 """Override parsing, the doctor, the console script and a single trial."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,10 @@ def test_both_forms_of_overrides_are_read() -> None:
         parse_overrides(["--a"])
 
 
-@pytest.mark.parametrize("name", ["search", "trial", "merge", "evaluate", "report", "compare", "export", "doctor"])
+COMMANDS = ("search", "trial", "merge", "evaluate", "report", "compare", "export", "doctor", "init", "status")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_step_is_a_subcommand_with_help(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0
@@ -84,3 +88,11 @@ def test_the_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "torch sees no GPU" in doctor.check_gpu().text
+
+
+def test_the_doctor_says_what_this_machine_trains_and_speaks_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_python,))
+    found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)
+    assert [finding["ok"] for finding in found["findings"]] == [True]
+    trials = {size["base"]: size["trials"] for size in found["trainable"]}
+    assert trials["0.1B"] > 1 and list(trials.values()) == sorted(trials.values(), reverse=True)

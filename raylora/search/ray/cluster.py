@@ -64,11 +64,17 @@ def local_ray(devices: Devices, logs: Path | None = None) -> Iterator[None]:
 
 
 def _keep_output(directory: Path, logs: Path) -> None:
-    """Copy what the processes of a Ray instance have written to standard error, the newest version of each."""
+    """Copy what the processes of a Ray instance have written to standard error, under the names of their actors."""
     for file in directory.glob("session_*/logs/*.err"):
-        if not file.is_symlink() and file.stat().st_size:
+        if file.parent.parent.is_symlink():
+            continue
+        lines = file.read_text(errors="replace").splitlines()
+        # Ray opens each file by lines such as `:actor_name:RayTrainWorker`
+        headers = dict(line[1:].split(":", 1) for line in lines if line.startswith(":") and line.count(":") > 1)
+        if len(headers) < len(lines):
             logs.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, logs)
+            name = headers.get("actor_name") or headers.get("task_name") or file.stem.split("-")[0]
+            shutil.copy(file, logs / f"{name.replace('/', '_')}-{file.stem.split('-')[-1]}.err")
 
 
 def call_on_device(
