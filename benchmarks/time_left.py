@@ -29,11 +29,13 @@ def main() -> None:
         began, said = time.time(), []
         command = [sys.executable, "-m", "raylora.search", space, "--output", str(run.path), "--quiet", *settings]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None:
+        while process.poll() is None and not run.best_adapter.is_dir():  # the merge comes after
             activity = read_activity(run.activity_file)
             if activity is not None and activity.facts.get("seconds_left") is not None:
                 said.append((activity.time, activity.facts["seconds_left"], activity.done, activity.total))
             time.sleep(1)
+        process.terminate()
+        process.wait()
         events = list(read_events(run.events_file))
     end = max(event.time for event in events if isinstance(event, Finished | Stopped))
     began = events[0].time

@@ -79,7 +79,7 @@ def run_pipeline(
         if not address:
             stack.enter_context(local_ray(devices, logs=run.logs / "ray"))
         write_provenance(run, plan.config, _facts(plan))
-        stack.enter_context(TrackerProcesses(run, plan.config.report_to, screen.print))
+        stack.enter_context(TrackerProcesses(run, plan.config.report_to, result.print))
         _search(run, plan, screen)
         _finish(run, plan, screen)
     print_summary(run, result)
