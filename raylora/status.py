@@ -4,7 +4,7 @@ Run as `python -m raylora.status RUN_DIRECTORY`.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,13 +25,18 @@ def status(run_directory: Annotated[Path, typer.Argument(help="Folder of a searc
     user = user_of(run.path)
     progress = Progress(state, run.config(), run.provenance()["rungs"], screen)
     if user is not None and activity is not None and activity.what == SEARCHING:
-        progress.beat({name: Pulse(**values) for name, values in activity.facts["pulses"].items()})
+        progress.beat({name: _pulse(values) for name, values in activity.facts["pulses"].items()})
     screen.print(progress.view())
     if user is None:
         screen.print("nothing runs here now" + (f"; report: {run.report_file}" if run.report_file.is_file() else ""))
     else:
         doing = f"{activity.what}: {activity.done:,} of {activity.total:,}" if activity else "between two stages"
         screen.print(f"{user}; {doing}")
+
+
+def _pulse(values: dict[str, Any]) -> Pulse:
+    """Return a pulse as it was before JSON, which makes text of its trials' numbers."""
+    return Pulse(**{**values, "steps": {int(number): step for number, step in values["steps"].items()}})
 
 
 if __name__ == "__main__":
