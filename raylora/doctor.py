@@ -66,7 +66,7 @@ def doctor(
 
 @dataclass(frozen=True)
 class Trainable:
-    """What a device of this machine can train of one size of base."""
+    """Estimate for one size of base on a device of this machine."""
 
     base: str
     """Size in billions of parameters, such as `7B`."""

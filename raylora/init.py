@@ -90,7 +90,7 @@ def init(
     )
     write_text(file, text)
     try:
-        load_config(file, {})  # whatever the answers break is named now
+        load_config(file)  # whatever the answers break is named now
     except ConfigError:
         file.unlink()
         raise

@@ -21,7 +21,7 @@ SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Activity:
-    """What is being done, and how far it is."""
+    """Work of a process, and how much of it is done."""
 
     what: str
     """A phrase such as `answering held-out prompts`."""

@@ -69,7 +69,7 @@ class RunDirectory:
 
     @property
     def activity_file(self) -> Path:
-        """What the process of this run directory does now; there while it does something."""
+        """Activity of the process that works here; the file is there while it works."""
         return self.path / "activity.json"
 
     @property

@@ -213,6 +213,12 @@ class SearchState:
             return min(self.runs_of(repetitions[0]["number"]), key=lambda row: row.final_loss)
         return next(iter(self.finished()), None)
 
+    def seconds_per_report(self) -> float:
+        """Return the mean time of a report, to validate and to save, in seconds; 0 before the first."""
+        rows = self.trials.values()
+        seconds = sum((row.eval_seconds or 0.0) + (row.other_seconds or 0.0) for row in rows)
+        return seconds / max(1, len(self.history))
+
     def leaders(self, n: int) -> list[TrialRow]:
         """Return the n assignments that came furthest, and there had the lowest validation loss."""
         rows = [row for row in self.trials.values() if row.repeat_of is None and row.state != "failed"]

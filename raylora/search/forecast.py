@@ -9,7 +9,7 @@ from raylora.run.state import SearchState, TrialRow
 
 @dataclass(frozen=True)
 class Forecast:
-    """How far a search is, in optimizer steps of all trials together."""
+    """Progress of a search, in optimizer steps of all trials together."""
 
     steps_done: int
     steps_left: int
@@ -69,8 +69,7 @@ class Forecaster:
             n_lanes = max(1, len(state.lanes))
             return steps * n_lanes * (now - self._up_at) / (done - self._done_before)
         of_steps = sum(row.train_seconds or 0.0 for row in reported) / sum(row.step for row in reported)
-        others = sum((row.eval_seconds or 0.0) + (row.other_seconds or 0.0) for row in reported)
-        return steps * of_steps + reports * others / len(state.history)
+        return steps * of_steps + reports * state.seconds_per_report()
 
     def _left(self, state: SearchState, at: Mapping[int, int]) -> tuple[int, int]:
         """Return the steps and reports of trials on their way to a rung, and of those that will be admitted to one."""

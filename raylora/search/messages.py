@@ -82,7 +82,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Pulse:
-    """How far a lane is between two reports: for the view alone, sent now and then, maybe lost."""
+    """State of a lane between two reports. It is for the view alone, and may be lost."""
 
     steps: dict[int, int]
     """Trial -> optimizer steps that it has taken."""

@@ -38,9 +38,8 @@ def measured_speed(state: SearchState, validation_tokens: int) -> Speed | None:
     if not reported:
         return None
     train = sum(row.train_seconds or 0.0 for row in reported)
-    others = sum((row.eval_seconds or 0.0) + (row.other_seconds or 0.0) for row in reported)
-    per_report = others / len(state.history) / max(1, validation_tokens)
-    return Speed(sum(tokens.values()) / train, per_report, date.today().isoformat())
+    per_token = state.seconds_per_report() / max(1, validation_tokens)
+    return Speed(sum(tokens.values()) / train, per_token, date.today().isoformat())
 
 
 def remember_speed(cache_dir: Path, base: BaseModelSection, device: str, speed: Speed) -> None:

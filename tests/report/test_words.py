@@ -1,4 +1,4 @@
-"""What the report says: changes in words, baselines at equal steps, uncertainty, and what it refuses."""
+"""Sentences of the report: changes in words, baselines at equal steps, uncertainty, and refusals."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What a process says of itself while it works."""
+"""Activity: written at most once a second, and only where somebody watches."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a search warns of before it starts, and the speed that it remembers."""
+"""Warnings before a search starts, and the speed that it remembers."""
 
 from collections.abc import Callable
 from pathlib import Path
