@@ -46,7 +46,9 @@ class Progress:
         self._pulses: Mapping[str, Pulse] = {}
         self._began, self._shown_at = time.time(), time.monotonic()
         self._live = (
-            Live(console=console, refresh_per_second=2, get_renderable=self.view) if console.is_terminal else None
+            Live(console=console, refresh_per_second=2, get_renderable=self.view, redirect_stdout=False)
+            if console.is_terminal
+            else None
         )
 
     def __enter__(self) -> "Progress":
@@ -80,7 +82,7 @@ class Progress:
         is_new = pulses != self._pulses
         self._pulses = pulses
         if is_new and not self._live and time.monotonic() - self._shown_at >= LINE_SECONDS:
-            self.note(self.summary())
+            self.note(self.summary() if self._state.lanes else "; ".join(self._lanes()))
 
     def note(self, text: str) -> None:
         """Print a line that the user should see meanwhile."""
@@ -148,7 +150,10 @@ class Progress:
             elif (pulse := self._pulses.get(name)) is not None:
                 line += f", {pulse.tokens_per_second:,.0f} tokens/s, peak {pulse.memory_mib:,.0f} MiB"
             lines.append(line)
-        return lines or [f"lanes load the base ... {time.time() - self._began:.0f} s"]
+        for name, pulse in self._pulses.items():
+            if pulse.loading is not None and name not in self._state.lanes:
+                lines.append(f"lane {name}: {pulse.loading} ... {time.time() - self._began:.0f} s")
+        return lines or [f"waiting for a lane ... {time.time() - self._began:.0f} s"]
 
     def _steps(self) -> dict[int, int]:
         """Return the step of each running trial that is past its last report."""

@@ -93,6 +93,9 @@ class Pulse:
     memory_mib: float
     """Peak memory of the process, or of its GPU."""
 
+    loading: str | None = None
+    """What the lane does before it can train, in words; None afterwards."""
+
 
 News = Ready | Report | Failure | Return | Lost
 

@@ -5,7 +5,8 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from ray.train.torch import TorchTrainer
 from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
 from raylora.quiet import quiet_libraries
+from raylora.run.activity import Activity, heard, tell
 from raylora.run.directory import RunDirectory
 from raylora.search.messages import Batch, News, Order, Pulse, Ready
-from raylora.search.plan import Plan
+from raylora.search.plan import Plan, forwarded
 from raylora.search.serve import Engine, describe_failure, serve_one, serve_pack
 from raylora.training.choose import load_engine
 from raylora.training.memory import MemoryEstimate
@@ -52,11 +54,27 @@ class LaneSettings:
     threads: int
     """CPU threads for torch; unset, lanes on one machine would fight for all cores."""
 
+    provide: Callable[[], None] | None = None
+    """Copies what only the driver's node has to the lane's; None where there is one node."""
+
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+    """Variables of the user's environment that `search.forward_env` names. They may be secrets, so they travel in this
+    object alone: not in Ray's runtime environments, which its logs and dashboard show."""
+
     load_engine: Callable[..., Engine | PackedEngine] = load_engine
 
 
-def lane_settings(run: RunDirectory, plan: Plan, broker: ActorHandle) -> list[LaneSettings]:
-    """Return the settings of each lane of a plan."""
+def lane_settings(
+    run: RunDirectory, plan: Plan, broker: ActorHandle, provide: Callable[[], None] | None = None
+) -> list[LaneSettings]:
+    """Return the settings of each lane of a plan.
+
+    Args:
+        run: the run directory.
+        plan: the plan.
+        broker: from `start_broker`.
+        provide: from `share_files`, on a cluster.
+    """
     first = LaneSettings(
         name="0",
         broker=broker,
@@ -67,6 +85,8 @@ def lane_settings(run: RunDirectory, plan: Plan, broker: ActorHandle) -> list[La
         memory=plan.memory,
         on_gpu=plan.on_gpu,
         threads=plan.threads,
+        provide=provide,
+        environment=forwarded(plan.config.search.forward_env),
     )
     return [replace(first, name=str(index)) for index in range(plan.n_lanes)]
 
@@ -106,17 +126,11 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
     quiet_libraries()
     torch.set_num_threads(settings.threads)
     _forget_process_group()
+    os.environ.update(settings.environment)
     run = RunDirectory(settings.run_path)
     try:
-        _check_shared(settings.tokens_dir)
-        engine = settings.load_engine(
-            settings.config,
-            tokens_dir=settings.tokens_dir,
-            cache_dir=run.cache(settings.config),
-            device="cuda:0" if settings.on_gpu else "cpu",
-            slots=settings.slots,
-            memory=settings.memory,
-        )
+        with heard(partial(_tell_broker, settings)):
+            engine = _load(settings, run)
     except Exception as error:  # whatever keeps the base from loading would do so again: no restart
         ray.get(settings.broker.lose.remote(settings.name, describe_failure(error)))
         return
@@ -130,12 +144,31 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
         serve_one(engine, link, run, ready)
 
 
-def _check_shared(tokens_dir: Path) -> None:
-    if not tokens_dir.is_dir():
+def _load(settings: LaneSettings, run: RunDirectory) -> Engine | PackedEngine:
+    """Load the base, once this node has all that is needed."""
+    if not run.config_file.is_file():
         raise RunDirectoryError(
-            f"node {socket.gethostname()} does not see {tokens_dir}; the run directory must lie on storage that all "
+            f"node {socket.gethostname()} does not see {run.path}; the run directory must lie on storage that all "
             "nodes share"
         )
+    if settings.provide is not None:
+        settings.provide()
+    tell("loading the base", 0, 1)
+    return settings.load_engine(
+        settings.config,
+        tokens_dir=settings.tokens_dir,
+        cache_dir=run.cache(settings.config),
+        device="cuda:0" if settings.on_gpu else "cpu",
+        slots=settings.slots,
+        memory=settings.memory,
+    )
+
+
+def _tell_broker(settings: LaneSettings, activity: Activity) -> None:
+    """Send a pulse of a lane that cannot train yet."""
+    how_far = f": {activity.done:,} of {activity.total:,}" if activity.total > 1 else ""
+    pulse = Pulse({}, 0.0, 0.0, loading=f"{activity.what}{how_far}")
+    settings.broker.beat.remote(settings.name, pulse)
 
 
 class BrokerLink:
