@@ -63,12 +63,14 @@ class Progress:
     def show(self, event: Event) -> None:
         """Show one event, after it has changed the state."""
         match event:
+            case LaneUp() if event.process > 1:
+                self.note(f"lane {event.lane}: it is up again, on {event.facts.get('host', 'a node')}")
             case LaneUp() if event.facts.get("reason"):
                 self.note(f"lane {event.lane} trains one trial at a time, with TRL: {event.facts['reason']}")
             case LaneUp() if event.facts.get("notes"):
                 self.note(f"lane {event.lane}: {'; '.join(event.facts['notes'])}")
             case LaneLost():
-                after = f"; its output is in {self._logs}" if event.for_good else "; it is up again"
+                after = f"; its output is in {self._logs}" if event.for_good else "; its trials wait for a free slot"
                 self.note(f"lane {event.lane}: {event.reason}{after}")
             case Reported() if not self._live:
                 row = self._state.trials[event.number]
@@ -147,6 +149,8 @@ class Progress:
             line = f"lane {name} ({lane.facts.get('device', '?')}): {len(lane.trials)} of {lane.slots} slots"
             if lane.lost is not None:
                 line = f"lane {name} is lost: {lane.lost}"
+            elif not lane.up:
+                line = f"lane {name} is down, and waits for a node: {lane.down}"
             elif (pulse := self._pulses.get(name)) is not None:
                 line += f", {pulse.tokens_per_second:,.0f} tokens/s, peak {pulse.memory_mib:,.0f} MiB"
             lines.append(line)

@@ -14,15 +14,15 @@ import ray
 import ray.train
 import torch
 from ray.actor import ActorHandle
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from raylora.config.schema import SearchConfig
-from raylora.errors import RunDirectoryError
+from raylora.errors import RunDirectoryError, first_line
 from raylora.quiet import quiet_libraries
 from raylora.run.activity import Activity, heard, tell
 from raylora.run.directory import RunDirectory
-from raylora.search.messages import Batch, News, Order, Pulse, Ready
+from raylora.search.messages import Batch, Gone, Lost, News, Order, Pulse, Ready
 from raylora.search.plan import Plan, forwarded
 from raylora.search.serve import Engine, describe_failure, serve_one, serve_pack
 from raylora.training.choose import load_engine
@@ -109,9 +109,28 @@ def lane_trainer(settings: LaneSettings) -> TorchTrainer:
             name=f"lane-{settings.name}-{time.time_ns()}",
             storage_path=str(settings.run_path / "logs" / "train"),
             failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+            callbacks=[_Obituary(settings.name, settings.broker)],
             worker_runtime_env={} if settings.on_gpu else {"env_vars": _openmp()},
         ),
     )
+
+
+class _Obituary(UserCallback):
+    """Tells the broker that a lane's process has ended, before Ray Train looks for room for another.
+
+    Args:
+        lane: name of the lane.
+        broker: from `start_broker`.
+    """
+
+    def __init__(self, lane: str, broker: ActorHandle) -> None:
+        self._lane, self._broker = lane, broker
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        error = next(iter(worker_exceptions.values()))
+        lost = "node" in first_line(error)  # Ray: "The actor died because its node has died."
+        reason = "its node was lost" if lost else f"its process ended ({describe_failure(error)})"
+        ray.get(self._broker.end.remote(self._lane, Gone(reason, node_lost=lost)))
 
 
 def _openmp() -> dict[str, str]:
@@ -132,7 +151,7 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
         with heard(partial(_tell_broker, settings)):
             engine = _load(settings, run)
     except Exception as error:  # whatever keeps the base from loading would do so again: no restart
-        ray.get(settings.broker.lose.remote(settings.name, describe_failure(error)))
+        ray.get(settings.broker.end.remote(settings.name, Lost(describe_failure(error))))
         return
     # all that lives now lives for ever; without it a collection between trials takes 0.4 s to walk the libraries
     gc.freeze()
