@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
 from raylora.quiet import quiet_libraries
-from raylora.run.directory import RunDirectory
+from raylora.run.directory import RunDirectory, run_at
 from raylora.search.messages import Batch, News, Order, Pulse, Ready
 from raylora.search.plan import Plan
 from raylora.search.serve import Engine, describe_failure, serve_one, serve_pack
@@ -53,6 +53,8 @@ class LaneSettings:
     """CPU threads for torch; unset, lanes on one machine would fight for all cores."""
 
     load_engine: Callable[..., Engine | PackedEngine] = load_engine
+    remote: str | None = None
+    """URL of a run directory in object storage, of which each node has a working copy."""
 
 
 def lane_settings(run: RunDirectory, plan: Plan, broker: ActorHandle) -> list[LaneSettings]:
@@ -67,6 +69,7 @@ def lane_settings(run: RunDirectory, plan: Plan, broker: ActorHandle) -> list[La
         memory=plan.memory,
         on_gpu=plan.on_gpu,
         threads=plan.threads,
+        remote=run.remote,
     )
     return [replace(first, name=str(index)) for index in range(plan.n_lanes)]
 
@@ -106,7 +109,7 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
     quiet_libraries()
     torch.set_num_threads(settings.threads)
     _forget_process_group()
-    run = RunDirectory(settings.run_path)
+    run = run_at(settings.remote or settings.run_path)
     try:
         _check_shared(settings.tokens_dir)
         engine = settings.load_engine(
