@@ -175,31 +175,40 @@ class Storage:
             except Exception as error:  # botocore, aiohttp, gcsfs and azure each raise their own
                 is_definite = isinstance(error, DEFINITE) or REFUSED.search(f"{type(error).__name__} {error}")
                 if is_definite or time.monotonic() + pause > deadline:
-                    raise RunDirectoryError(self._sentence(error)) from error
+                    raise RunDirectoryError(explain(self.url, error)) from error
                 if self.note is not None and pause == 0.5:
-                    self.note(f"{self._sentence(error)}; trying again for {self.patience:.0f} s")
+                    self.note(f"{explain(self.url, error)}; trying again for {self.patience:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _no_bucket(self) -> RunDirectoryError:
         return RunDirectoryError(f"{self.url}: its bucket does not exist; make it first, or name another one")
 
-    def _sentence(self, error: Exception) -> str:
-        text = first_line(error)
-        if isinstance(error, ImportError):
-            return f"{self.url} needs a package: pip install 'raylora[{EXTRAS[self.url.partition('://')[0]]}]'"
-        if "credentials" in f"{type(error).__name__} {text}".lower():
-            return f"{self.url}: no credentials for it ({text}); set those that its provider's tools read"
-        if isinstance(error, PermissionError) or REFUSED.search(text):
-            return f"{self.url}: access is refused ({text}); the credentials must allow to list, read, write and delete"
-        if isinstance(error, DEFINITE):
-            return f"{self.url}: {text}"
-        return f"{self.url} cannot be reached ({type(error).__name__}: {text}); check network, endpoint and region"
+
+def explain(url: str, error: Exception, needed: str = "list, read, write and delete") -> str:
+    """Return what went wrong at a URL of object storage, and its cure, as one sentence.
+
+    Args:
+        url: bucket with a path.
+        error: what fsspec or a provider's library raised.
+        needed: what the credentials must allow.
+    """
+    text = first_line(error)
+    if isinstance(error, ImportError):
+        return f"{url} needs a package: pip install 'raylora[{EXTRAS[url.partition('://')[0]]}]'"
+    if "credentials" in f"{type(error).__name__} {text}".lower():
+        return f"{url}: no credentials for it ({text}); set those that its provider's tools read"
+    if isinstance(error, PermissionError) or REFUSED.search(text):
+        return f"{url}: access is refused ({text}); the credentials must allow to {needed}"
+    if isinstance(error, DEFINITE):
+        return f"{url}: {text}"
+    return f"{url} cannot be reached ({type(error).__name__}: {text}); check network, endpoint and region"
 
 
 def _modified(info: dict[str, Any]) -> int:
     """Return the time of the last change from a listing; s3fs, gcsfs, adlfs and memory each name it otherwise."""
     for key in ("LastModified", "mtime", "last_modified", "created"):
         if key in info:
-            return int(info[key].timestamp())
+            value = info[key]
+            return int(value if isinstance(value, float) else value.timestamp())
     raise ValueError(f"no time of the last change among {', '.join(info)}")
