@@ -17,7 +17,7 @@ from raylora.run.directory import existing_run
 
 @command
 def compare(
-    run_directories: Annotated[list[Path], typer.Argument(help="Folders of searches, two or more.")],
+    run_directories: Annotated[list[Path], typer.Argument(help="Folders or URLs of searches, two or more.")],
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("comparison.html"),
 ) -> None:
     """Set searches on the same held-out rows side by side: a table, and a page with plots."""

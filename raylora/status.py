@@ -12,17 +12,17 @@ from raylora.cli.command import command, console, run_command
 from raylora.report.progress import SEARCHING, Progress
 from raylora.run.activity import read_activity
 from raylora.run.directory import existing_run
-from raylora.run.lock import user_of
+from raylora.run.holding import user_of_run
 from raylora.run.state import SearchState
 from raylora.search.messages import Pulse
 
 
 @command
-def status(run_directory: Annotated[Path, typer.Argument(help="Folder of a search.")]) -> None:
+def status(run_directory: Annotated[Path, typer.Argument(help="Folder or URL of a search.")]) -> None:
     """Show trials, best loss and time left of a search, while it runs or after."""
     run, screen = existing_run(run_directory), console()
     state, activity = SearchState.load(run), read_activity(run.activity_file)
-    user = user_of(run.path)
+    user = user_of_run(run)
     progress = Progress(state, run.config(), run.provenance()["rungs"], screen)
     if user is not None and activity is not None and activity.what == SEARCHING:
         progress.beat({name: _pulse(values) for name, values in activity.facts["pulses"].items()})

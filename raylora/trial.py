@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from raylora.cli.command import command, console, parse_overrides, run_command
+from raylora.cli.command import command, console, local_path, parse_overrides, run_command
 from raylora.config.load import load_config
 from raylora.run.directory import open_run
 from raylora.run.metrics import RungMetrics
@@ -36,7 +36,8 @@ def trial(
         overrides.setdefault("starting_points", "[]")
     config = load_config(space, overrides)
     screen = console()
-    run = open_run(output or Path("results") / f"trial-{space.stem}", config, resume=resume_from is not None)
+    output = local_path(output or Path("results") / f"trial-{space.stem}")
+    run = open_run(output, config, resume=resume_from is not None)
     plan = make_plan(config, run, local_devices())
     torch.set_num_threads(plan.threads)
     assignment, _ = Sampler(config, SearchState()).propose(0)

@@ -1,10 +1,11 @@
 """Fixtures: a tiny random model, rows, and configs that use them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from raylora.config.load import build_config
 from raylora.config.schema import SearchConfig
 from raylora.quiet import quiet_libraries
 from raylora.testing import make_rows, make_tiny_model
+from tests.s3_server import environment, s3_server
 
 SPACE = {"r": {"choice": [2, 4]}, "lora_alpha": 8, "lora_dropout": 0.0, "learning_rate": {"loguniform": [1e-4, 1e-2]}}
 
@@ -54,3 +56,22 @@ def make_config(tiny_model: Path, rows_file: Path, tmp_path: Path) -> Callable[.
         return build_config(values, source="test")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with s3_server(tmp_path_factory.mktemp("s3") / "server.log") as port:
+        yield port
+
+
+@pytest.fixture
+def bucket(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a new bucket on the S3 server, which this process and those that it starts find."""
+    for name, value in environment(s3_port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
+    fs = fsspec.filesystem("s3")
+    fs.clear_instance_cache()  # those of another test's server
+    name = f"bucket-{fsspec.utils.tokenize(str(tmp_path))[:12]}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"

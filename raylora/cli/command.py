@@ -5,7 +5,6 @@
 
 import errno
 import functools
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from raylora.errors import ConfigError, MergeError, RayloraError, SearchError, TrackerError, TrialError
 from raylora.quiet import quiet_libraries
+from raylora.run.directory import url_of
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Typer context settings for commands that take `--section.key value`."""
@@ -107,8 +107,8 @@ def local_path(path: Path) -> Path:
     Raises:
         ConfigError: it is a URL.
     """
-    if re.match("[a-z0-9]+:/", str(path)):  # pathlib makes one slash of two
-        raise ConfigError(f"--output must be a local path, found {str(path).replace(':/', '://')}")
+    if (url := url_of(path)) is not None:
+        raise ConfigError(f"--output must be a local path, found {url}")
     return path
 
 

@@ -24,6 +24,7 @@ from raylora.run.activity import write_activity
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory, check_same_data, with_pinned_commits
 from raylora.run.events import EventLog, read_events
+from raylora.run.parts import pull_events
 from raylora.run.provenance import write_provenance
 from raylora.run.state import SearchState
 from raylora.search.controller import SearchController
@@ -47,6 +48,7 @@ def run_pipeline(
     dry_run: bool,
     verbose: bool = False,
     quiet: bool = False,
+    push: Callable[[], None] = lambda: None,
 ) -> None:
     """Run a search to its end and merge, check and report its best trial.
 
@@ -58,6 +60,7 @@ def run_pipeline(
         dry_run: show the plan and stop.
         verbose: show all settings before the start.
         quiet: show nothing but the result.
+        push: uploads what has changed, if the run directory lies in object storage.
 
     Raises:
         RayloraError: the settings, data, model or machine do not allow it, or the search or merge failed.
@@ -81,17 +84,20 @@ def run_pipeline(
         if not address:
             stack.enter_context(local_ray(devices, logs=run.logs / "ray"))
         write_provenance(run, plan.config, _facts(plan))
+        push()  # a search whose events are in object storage has its settings there
         stack.enter_context(TrackerProcesses(run, plan.config.report_to, result.print))
         provide = share_files(plan.needed) if address else None
         _search(run, plan, screen, provide)
-        _finish(run, plan, screen, provide)
+        _finish(run, plan, screen, provide, push)
     print_summary(run, result)
     check_tolerance(read_json(run.merge_file))
 
 
 def _search(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[], None] | None) -> None:
+    storage = run.storage
+    parts = pull_events(storage.patient(note=screen.print), run.events_file) if storage else None
     events = list(read_events(run.events_file))
-    log = EventLog(run.events_file)
+    log = EventLog(run.events_file, parts=parts)
     controller = SearchController(plan.config, plan.rungs, log, events=events, n_lanes=plan.n_lanes)
     broker = start_broker()
     try:
@@ -107,20 +113,23 @@ def _search(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[]
             run_search(run, lane_settings(run, plan, broker, provide), broker, controller, views, progress.note, beat)
             screen.print(progress.summary())
     except KeyboardInterrupt:
-        screen.print(f"interrupted; everything is kept. Go on with: --output {run.path} --resume")
+        screen.print(f"interrupted; everything is kept. Go on with: --output {run.location} --resume")
         raise
     finally:
         log.close()
         run.activity_file.unlink(missing_ok=True)
 
 
-def _finish(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[], None] | None) -> None:
+def _finish(
+    run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[], None] | None, push: Callable[[], None]
+) -> None:
     """Merge, check and report; the first two where the lanes were, since a cluster's head may have no GPU."""
     _remember_speed(run, plan)
     best = save_best_adapter(run)
     screen.print(f"best: trial {best.number}, eval_loss {best.eval_loss:.4f}; adapter in {run.best_adapter}")
     for what, step in (("merging into the base", merge_run), ("generating on held-out prompts", evaluate_run)):
         with Stage(what, run.activity_file, screen) as stage:
+            push()  # another node may take it up
             call_on_device(
                 step,
                 run,

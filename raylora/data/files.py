@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from raylora.data.messages import strings
 from raylora.errors import DataError, first_line
+from raylora.run.storage import EXTRAS, explain
 
 Row = dict[str, Any]
 """One row: column -> value."""
@@ -102,10 +103,16 @@ def _content(path: str) -> bytes:
             return pa.CompressedInputStream(file, codec).read() if codec else file.read()
     except FileNotFoundError as error:
         raise DataError(f"data file not found: {path}") from error
-    except ImportError as error:  # fsspec names the package
-        raise DataError(f"{path}: {first_line(error)}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+    except Exception as error:  # beside OSError, each provider of object storage raises its own
+        raise DataError(unreadable(path, error)) from error
+
+
+def unreadable(path: str, error: Exception) -> str:
+    """Return why a path or URL cannot be read, as one sentence."""
+    if path.partition("://")[0] in EXTRAS:
+        return explain(path, error, needed="list and read")
+    what = path if isinstance(error, ImportError) else f"{path} cannot be read"  # fsspec names the package
+    return f"{what}: {first_line(error)}"
 
 
 def _decoded(content: bytes, path: str) -> str:

@@ -9,7 +9,7 @@ import fsspec
 from huggingface_hub import HfApi
 
 from raylora.config.schema import DataSection
-from raylora.data.files import CODECS, SUFFIXES, OnBadRow, Row, Rows, file_type, read_file
+from raylora.data.files import CODECS, SUFFIXES, OnBadRow, Row, Rows, file_type, read_file, unreadable
 from raylora.errors import DataError, first_line
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -106,8 +106,8 @@ def _urls(pattern: str) -> list[str]:
     """Return the URLs that a pattern names."""
     try:
         files = fsspec.open_files(pattern, "rb")
-    except (ImportError, OSError, ValueError) as error:  # fsspec names the package that it lacks
-        raise DataError(f"{pattern} cannot be listed: {first_line(error)}") from error
+    except Exception as error:  # beside OSError, each provider of object storage raises its own
+        raise DataError(unreadable(pattern, error)) from error
     if not files:
         raise DataError(f"data file not found: {pattern}")
     return [file.full_name for file in files]

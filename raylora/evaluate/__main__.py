@@ -11,14 +11,14 @@ import typer
 from raylora.cli.command import command, console, run_command
 from raylora.report.evaluation_tables import show_evaluation
 from raylora.run.directory import existing_run
-from raylora.run.lock import locked
+from raylora.run.holding import held
 
 
 @command
-def evaluate(run_directory: Annotated[Path, typer.Argument(help="Folder of a search, merged.")]) -> None:
+def evaluate(run_directory: Annotated[Path, typer.Argument(help="Folder or URL of a search, merged.")]) -> None:
     """Generate on the held-out prompts with base, adapter and merged model, and score the answers."""
-    run = existing_run(run_directory)
-    with locked(run.path):
+    run = existing_run(run_directory, folders=True)
+    with held(run, console().print):
         from raylora.evaluate.heldout import evaluate_run  # noqa: PLC0415  # loads torch
 
         result = evaluate_run(run)

@@ -46,7 +46,9 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
     config, provenance = run.config(), run.provenance()
     merged_forms = [form for form in config.merge.formats if run.merged(form).is_dir()]
     if not run.best_adapter.is_dir() or not merged_forms:
-        raise RunDirectoryError(f"{run.path} holds no merged model yet; run `python -m raylora.merge {run.path}` first")
+        raise RunDirectoryError(
+            f"{run.location} holds no merged model yet; run `python -m raylora.merge {run.location}` first"
+        )
     device = "cuda:0" if provenance["on_gpu"] and torch.cuda.is_available() else "cpu"
     section = config.base_model
     check = _Check(config, data_of_run(run, config))

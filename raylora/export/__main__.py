@@ -17,7 +17,7 @@ from raylora.export.hub import push
 from raylora.report.model_card import model_card
 from raylora.run.atomic import read_json, replacing, write_text
 from raylora.run.directory import RunDirectory, existing_run
-from raylora.run.lock import locked
+from raylora.run.holding import held
 from raylora.run.state import SearchState
 
 
@@ -40,7 +40,7 @@ class GgufType(StrEnum):
 
 @command
 def export(
-    run_directory: Annotated[Path, typer.Argument(help="Folder of a search.")],
+    run_directory: Annotated[Path, typer.Argument(help="Folder or URL of a search.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.nf4,
     gguf_type: Annotated[GgufType, typer.Option(help="Type of the weights in a GGUF file.")] = GgufType.bf16,
@@ -51,12 +51,13 @@ def export(
     private: Annotated[bool, typer.Option(help="Make the Hub repository private.")] = True,
 ) -> None:
     """Write the best adapter's merged model with a model card, and upload it to the Hub if asked."""
-    run, output = existing_run(run_directory), new_folder(output)
+    output = new_folder(output)
+    run = existing_run(run_directory, folders=True)
     converter = None
     if format is Format.gguf:
         check_quantizer(gguf_type.value, llama_cpp)
         converter = find_converter(llama_cpp, run.cache(run.config()))
-    with locked(run.path):
+    with held(run, console().print):
         merged = _merged(run, "bf16" if format is Format.gguf else format.value)
     with replacing(output) as temporary:
         if converter is None:

@@ -18,13 +18,13 @@ from raylora.errors import ConfigError
 from raylora.merge.gate import check_tolerance
 from raylora.report.merge_tables import show_merge
 from raylora.run.directory import existing_run
-from raylora.run.lock import locked
+from raylora.run.holding import held
 
 
 @command
 def merge(
     context: typer.Context,
-    run_directory: Annotated[Path | None, typer.Argument(help="Folder of a search.")] = None,
+    run_directory: Annotated[Path | None, typer.Argument(help="Folder or URL of a search.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model: Hub id, directory or GGUF file.")] = None,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter of peft: directory or Hub id.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write the merged model to.")] = None,
@@ -36,7 +36,7 @@ def merge(
         overrides["merge.tolerance"] = str(merge_tolerance)
     if run_directory is not None:
         run = existing_run(run_directory)
-        with locked(run.path):
+        with held(run, console().print):
             from raylora.merge.run import merge_run, save_best_adapter  # noqa: PLC0415  # loads torch
 
             save_best_adapter(run)

@@ -39,7 +39,9 @@ def save_best_adapter(run: RunDirectory) -> TrialRow:
     """
     best = SearchState.load(run).best()
     if best is None:
-        raise RunDirectoryError(f"{run.path} holds no trial that reached the full budget, so none can be called best")
+        raise RunDirectoryError(
+            f"{run.location} holds no trial that reached the full budget, so none can be called best"
+        )
     _save_adapter(run, best, run.best_adapter)
     return best
 
@@ -47,6 +49,7 @@ def save_best_adapter(run: RunDirectory) -> TrialRow:
 def _save_adapter(run: RunDirectory, trial: TrialRow, directory: Path) -> None:
     """Copy a trial's adapter to a directory. Add the base's name, the tokenizer and the generation settings."""
     assert trial.checkpoint is not None  # written before its loss was reported
+    run.pull_checkpoint(trial.checkpoint)
     checkpoint, config = run.path / trial.checkpoint, run.config()
     base, data = config.base_model, data_of_run(run, config)
     base_checkpoint = find_checkpoint(base, run.cache(config))
@@ -84,7 +87,7 @@ def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dic
         RunDirectoryError: there is no adapter to merge.
     """
     if not run.best_adapter.is_dir():
-        raise RunDirectoryError(f"{run.path} holds no best_adapter")
+        raise RunDirectoryError(f"{run.location} holds no best_adapter")
     config, provenance, state = change_config(run.config(), overrides or {}), run.provenance(), SearchState.load(run)
     check_same_base(run.best_adapter, config.base_model, find_checkpoint(config.base_model, run.cache(config)))
     job = MergeJob(

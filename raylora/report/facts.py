@@ -102,7 +102,7 @@ def load_facts(run: RunDirectory) -> RunFacts:
     """
     state = SearchState.load(run)
     if not state.trials:
-        raise RunDirectoryError(f"{run.path} holds no trials yet, so there is nothing to report")
+        raise RunDirectoryError(f"{run.location} holds no trials yet, so there is nothing to report")
     lines = run.answers_file.read_text(encoding="utf-8").split("\n") if run.answers_file.is_file() else []
     return RunFacts(
         run=run,

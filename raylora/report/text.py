@@ -70,7 +70,7 @@ def provenance_pairs(facts: RunFacts) -> list[tuple[str, str]]:
     names = ("started", "command", "raylora", "git_commit", "base_model", "base_model_commit")
     values = [(name, provenance[name]) for name in (*names, "python", "platform", "n_lanes", "seed")]
     packages = ", ".join(f"{name} {version}" for name, version in provenance["packages"].items())
-    again = f"python -m raylora.search {facts.run.config_file} --output {facts.run.path}-again"
+    again = f"python -m raylora.search {facts.run.config_file} --output {facts.run.location}-again"
     pairs = [*values, ("packages", packages), ("repeat it by", again)]
     return [(name, str(value)) for name, value in pairs if value is not None]
 
@@ -96,7 +96,7 @@ def _merge(facts: RunFacts) -> str:
     """Return the section of the merge."""
     result = facts.merge
     if result is None:
-        return f"Not merged yet: `python -m raylora.merge {facts.run.path}`"
+        return f"Not merged yet: `python -m raylora.merge {facts.run.location}`"
     return (
         f"{verdict(result).capitalize()}.\n\n{markdown_table(merge_rows(result))}\n{markdown_table(cost_rows(result))}\n"
         f"The layers that keep the least of the update:\n\n{markdown_table(least_kept(result))}"
@@ -107,7 +107,7 @@ def _evaluation(facts: RunFacts) -> str:
     """Return the section of the held-out check."""
     result = facts.evaluation
     if result is None:
-        return f"Not evaluated yet: `python -m raylora.evaluate {facts.run.path}`"
+        return f"Not evaluated yet: `python -m raylora.evaluate {facts.run.location}`"
     agreements = [{"model": name, **shares} for name, shares in result["agreement_with_adapter"].items()]
     intervals = interval_rows(result)
     parts = [

@@ -1,16 +1,28 @@
-"""Names the files of a run directory, which holds one search, and opens or reopens it."""
+"""Names the files of a run directory, which holds one search, and opens or reopens it.
+
+A run directory may lie in object storage. `RunDirectory.path` is then this machine's working copy of it.
+"""
 
 import difflib
+import hashlib
+import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from raylora.config.load import build_config
 from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
 from raylora.run.atomic import read_json
+from raylora.run.lock import LOCK
+from raylora.run.parts import pull_events
+from raylora.run.storage import Storage
+from raylora.run.transfer import OWNER, clear, pull_files, pull_folder, push_checkpoint
 
 
 @dataclass(frozen=True)
@@ -18,6 +30,18 @@ class RunDirectory:
     """Files of one search, described in results/README.md. Every step reads and writes only here."""
 
     path: Path
+    remote: str | None = None
+    """URL of the run directory in object storage, of which `path` is a working copy; None if `path` is all."""
+
+    @property
+    def location(self) -> str:
+        """Path or URL by which the user knows it."""
+        return self.remote or str(self.path)
+
+    @property
+    def storage(self) -> Storage | None:
+        """Object storage that holds it; None for a folder."""
+        return Storage(self.remote) if self.remote else None
 
     @property
     def config_file(self) -> Path:
@@ -90,7 +114,30 @@ class RunDirectory:
 
     def cache(self, config: SearchConfig) -> Path:
         """Return the folder of tokens and quantized bases, shared by the runs beside this one."""
-        return Path(config.cache_dir).expanduser().resolve() if config.cache_dir else self.path.parent / ".cache"
+        if config.cache_dir:
+            return Path(config.cache_dir).expanduser().resolve()
+        return self.path.parent / ".cache" if self.remote is None else _local_cache()
+
+    def push_checkpoint(self, name: str) -> None:
+        """Upload a checkpoint to object storage, and remove those of its trial that are gone here.
+
+        Args:
+            name: of the checkpoint, relative to the run directory.
+
+        Raises:
+            RunDirectoryError: storage does not take it.
+        """
+        if self.storage is not None:
+            push_checkpoint(self.storage.patient(), self.path, name)
+
+    def pull_checkpoint(self, name: str) -> None:
+        """Download a checkpoint from object storage, unless this machine has it.
+
+        Raises:
+            RunDirectoryError: it is not there, or storage cannot be reached.
+        """
+        if self.storage is not None:
+            pull_folder(self.storage.patient(), self.path, name)
 
     def config(self) -> SearchConfig:
         """Return the resolved settings that the run was started with.
@@ -99,7 +146,7 @@ class RunDirectory:
             RunDirectoryError: this is no run directory.
         """
         if not self.config_file.is_file():
-            raise RunDirectoryError(f"{self.path} is no run directory: it holds no {self.config_file.name}")
+            raise RunDirectoryError(f"{self.location} is no run directory: it holds no {self.config_file.name}")
         return build_config(yaml.safe_load(self.config_file.read_text(encoding="utf-8")), source=str(self.config_file))
 
     def provenance(self) -> dict[str, Any]:
@@ -107,40 +154,118 @@ class RunDirectory:
         return read_json(self.provenance_file)
 
 
+def run_at(place: Path | str) -> RunDirectory:
+    """Return the run directory at a path or URL. Nothing is read or written."""
+    if (url := url_of(place)) is None:
+        return RunDirectory(Path(place).expanduser().resolve())
+    digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+    return RunDirectory(_local_cache() / "runs" / digest / url.rpartition("/")[2], url)
+
+
+def url_of(place: Path | str) -> str | None:
+    """Return a place as a URL without a slash at its end; None if it is a path."""
+    found = re.match("([a-z][a-z0-9+]+):/+(.*?)/*$", str(place))  # pathlib makes one slash of two
+    return f"{found[1]}://{found[2]}" if found else None
+
+
 def open_run(path: Path, config: SearchConfig, *, resume: bool) -> RunDirectory:
-    """Return a new run directory, or the one to go on with. Nothing is written yet.
+    """Return a new run directory, or the one to go on with. Nothing is written yet but a working copy.
+
+    Args:
+        path: folder, or URL of object storage.
+        config: settings of the search.
+        resume: go on with the search that is there.
 
     Raises:
-        RunDirectoryError: it is not empty without `resume`, is missing with it, or was started with another config.
+        RunDirectoryError: it is not empty without `resume`, is missing with it, or was started with another config; or
+            storage cannot be reached, or refuses.
     """
-    run = RunDirectory(path.expanduser().resolve())
+    run = run_at(path)
     if not resume:
-        if run.path.is_dir() and any(not file.name.startswith(".") for file in run.path.iterdir()):
-            raise RunDirectoryError(f"{path} is not empty; `--resume` goes on with it, `--output DIR` starts another")
+        if _is_used(run):
+            raise RunDirectoryError(
+                f"{run.location} is not empty; `--resume` goes on with it, `--output DIR` starts another"
+            )
+        if run.remote is not None:
+            pull(run)  # clears what a run that was removed there has left here
         return run
-    if not run.path.is_dir():
-        raise RunDirectoryError(f"nothing to resume: {path} does not exist")
+    if not (_is_used(run) if run.remote else run.path.is_dir()):
+        raise RunDirectoryError(f"nothing to resume: {run.location} does not exist")
+    pull(run)
     if not run.config_file.is_file():
         return run  # killed before the config was on disk: there is nothing to contradict
     before, now = _comparable(run.config()), _comparable(with_pinned_commits(config, run))
     if before != now:
         changed = [line for line in difflib.ndiff(before, now) if line[0] in "+-"]
         raise RunDirectoryError(
-            f"{path} was started with another config; resume with the same one, or start another directory. "
+            f"{run.location} was started with another config; resume with the same one, or start another directory. "
             f"Changed (- then, + now): {'; '.join(' '.join(line.split()) for line in changed[:6])}"
         )
     return run
 
 
-def existing_run(path: Path) -> RunDirectory:
-    """Return the run directory of a search that was started.
+def existing_run(path: Path, *, folders: bool = False) -> RunDirectory:
+    """Return the run directory of a search that was started, with its files here.
+
+    Args:
+        path: folder, or URL of object storage.
+        folders: download adapter and merged models too.
 
     Raises:
-        RunDirectoryError: there is none.
+        RunDirectoryError: there is none; or storage cannot be reached, or refuses.
     """
-    run = RunDirectory(path.expanduser().resolve())
+    run = run_at(path)
+    pull(run, folders=folders)
     run.config()
     return run
+
+
+def pull(run: RunDirectory, *, folders: bool = False) -> None:
+    """Bring the working copy of a run in object storage up to date; a folder is left as it is.
+
+    A working copy that a process here holds is newer than what is in storage, and stays. One of another search, which
+    was at the same URL before, is emptied first.
+
+    Args:
+        run: the run directory.
+        folders: include adapter and merged models. Checkpoints are downloaded where they are needed.
+
+    Raises:
+        RunDirectoryError: storage cannot be reached, or refuses.
+    """
+    storage = run.storage
+    if storage is None:
+        return
+    storage.list("events")  # says what is wrong before anything is written here
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run.path / LOCK, timeout=0):
+            if run.provenance_file.is_file() and _started(storage) != run.provenance()["started"]:
+                clear(run.path)
+            pull_files(storage, run.path, folders=folders)
+            pull_events(storage, run.events_file)
+    except Timeout:
+        return
+
+
+def _started(storage: Storage) -> str | None:
+    """Return when the search in storage was started; None if it was not."""
+    try:
+        return str(json.loads(storage.read("provenance.json"))["started"])
+    except FileNotFoundError:
+        return None
+
+
+def _is_used(run: RunDirectory) -> bool:
+    """Return True if a run directory holds anything."""
+    if run.storage is not None:
+        return bool(run.storage.list(below=False).keys() - {OWNER} or run.storage.list("events"))
+    return run.path.is_dir() and any(not file.name.startswith(".") for file in run.path.iterdir())
+
+
+def _local_cache() -> Path:
+    """Return this machine's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raylora"
 
 
 def with_pinned_commits(config: SearchConfig, run: RunDirectory) -> SearchConfig:
@@ -166,7 +291,7 @@ def check_same_data(run: RunDirectory, fingerprint: str) -> None:
     before = run.provenance()["data_fingerprint"] if run.provenance_file.is_file() else fingerprint
     if before != fingerprint:
         raise RunDirectoryError(
-            f"{run.path} was started with other data (fingerprint {before}, now {fingerprint}); "
+            f"{run.location} was started with other data (fingerprint {before}, now {fingerprint}); "
             "resume with the same rows, or start another directory"
         )
 

@@ -1,6 +1,7 @@
 """Appends the events of a search to `events.jsonl` and reads them back: the only truth about its trials.
 
-Every event is one line of JSON, and is on disk before anything acts on it. `raylora.run.state` folds events to the
+Every event is one line of JSON, and is on disk, and in object storage where the run lies there, before anything acts on
+it. `raylora.run.state` folds events to the
 state of the search, so that resuming a search is reading its log.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from raylora.errors import RunDirectoryError
 from raylora.run.atomic import sync_one
+from raylora.run.parts import EventParts
 
 
 @dataclass(frozen=True)
@@ -179,14 +181,15 @@ _KINDS = {
 class EventLog:
     """The open log of one session. Appended events are collected until `flush`, which returns when they are on disk."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time, parts: EventParts | None = None) -> None:
         """Open the log and cut off a line that a kill has torn.
 
         Args:
             path: `events.jsonl`; made if it does not exist.
             clock: gives the time of each event.
+            parts: the log in object storage, which holds the same events as the file.
         """
-        self._clock, self._lines = clock, list[str]()
+        self._path, self._clock, self._parts, self._lines = path, clock, parts, list[str]()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         whole = path.read_bytes().rfind(b"\n") + 1
@@ -201,16 +204,22 @@ class EventLog:
         return event
 
     def flush(self) -> None:
-        """Write all appended events through to the disk.
+        """Write all appended events through to object storage, if the run lies there, and to the disk.
 
         Raises:
+            RunDirectoryError: object storage does not take them, or another search writes there; or likewise
             OSError: the disk is full or gone; nothing that the events say may be acted on.
         """
         if self._lines:
-            self._file.write("".join(self._lines).encode())
+            content = "".join(self._lines).encode()
+            if self._parts is not None:
+                self._parts.add(content)
+            self._file.write(content)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._lines.clear()
+            if self._parts is not None:
+                self._parts.fold(self._path)
 
     def close(self) -> None:
         """Close the file."""

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from raylora.cli.command import command, console, local_path, run_command, split_arguments
+from raylora.cli.command import command, console, run_command, split_arguments
 from raylora.cli.spaces import find_space
 from raylora.config.load import load_config
 from raylora.run.directory import open_run
-from raylora.run.lock import locked
+from raylora.run.holding import held
 from raylora.trackers.tracker import check_installed
 
 
@@ -21,7 +21,10 @@ from raylora.trackers.tracker import check_installed
 def search(
     context: typer.Context,
     space: Annotated[Path | None, typer.Argument(help="Search space file. [default: qlora.yaml]")] = None,
-    output: Annotated[Path | None, typer.Option(help="Run directory. [default: results/NAME-OF-SPACE]")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Run directory: folder, or URL such as s3://BUCKET/NAME. [default: results/NAME-OF-SPACE]"),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the search in the run directory.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show settings, trials, memory and lanes, and stop.")] = False,
     address: Annotated[
@@ -38,11 +41,11 @@ def search(
     space = find_space(space)
     config = load_config(space, overrides)
     check_installed(config.report_to)
-    run = open_run(local_path(output or Path("results") / space.stem), config, resume=resume)
-    with nullcontext() if dry_run else locked(run.path):
+    run, screen = open_run(output or Path("results") / space.stem, config, resume=resume), console()
+    with nullcontext(lambda: None) if dry_run else held(run, screen.print) as push:
         from raylora.cli.pipeline import run_pipeline  # noqa: PLC0415  # loads torch and Ray: not for a wrong setting
 
-        run_pipeline(run, config, console(), address=address, dry_run=dry_run, verbose=verbose, quiet=quiet)
+        run_pipeline(run, config, screen, address=address, dry_run=dry_run, verbose=verbose, quiet=quiet, push=push)
 
 
 if __name__ == "__main__":

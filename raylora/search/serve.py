@@ -111,7 +111,7 @@ class _Pack:
                 Assignment(**order.assignment),
                 rungs=order.rungs,
                 directory=self._run.trial(order.number),
-                resume_from=absolute(self._run, order.resume_from),
+                resume_from=fetched_path(self._run, order.resume_from),
             )
         except Exception as error:
             return [self._drop(order.number, error)]
@@ -140,9 +140,12 @@ class _Pack:
         return [self._tell(number, metrics) for number, metrics in found.items()]
 
     def _tell(self, number: int, found: RungMetrics | Exception) -> News:
-        if isinstance(found, RungMetrics):
-            return Report(number, self._starts[number].segment, relative_to(self._run, found))
-        return self._drop(number, found)
+        if isinstance(found, Exception):
+            return self._drop(number, found)
+        try:
+            return Report(number, self._starts[number].segment, kept(self._run, found))
+        except OSError as error:
+            return self._drop(number, error)
 
     def _drop(self, number: int, error: Exception) -> News:
         start = self._starts[number]
@@ -153,8 +156,15 @@ class _Pack:
     def _shrink(self, reason: str) -> Return:
         checkpoints = self._engine.shrink()
         segments = {number: self._starts.pop(number).segment for number in checkpoints}
-        relative = {number: relative_path(self._run, checkpoint) for number, checkpoint in checkpoints.items()}
+        relative = {number: self._kept_path(checkpoint) for number, checkpoint in checkpoints.items()}
         return Return(relative, segments, reason, slots=self._engine.slots)
+
+    def _kept_path(self, checkpoint: str | None) -> str | None:
+        """Return the name of a checkpoint that can be resumed from; None where there is none."""
+        try:
+            return None if checkpoint is None else kept_path(self._run, checkpoint)
+        except OSError:
+            return None  # the one before is still there
 
     def _remove(self, number: int) -> None:
         self._starts.pop(number, None)
@@ -177,7 +187,7 @@ def _fit(engine: Engine, link: Link, run: RunDirectory, start: Start) -> list[Or
 
     def report(metrics: RungMetrics) -> bool:
         nonlocal orders
-        orders = link.exchange([Report(start.number, start.segment, relative_to(run, metrics))])
+        orders = link.exchange([Report(start.number, start.segment, kept(run, metrics))])
         return orders is None or Leave(start.number) in orders
 
     try:
@@ -186,7 +196,7 @@ def _fit(engine: Engine, link: Link, run: RunDirectory, start: Start) -> list[Or
             rungs=start.rungs,
             directory=run.trial(start.number),
             report=report,
-            resume_from=absolute(run, start.resume_from),
+            resume_from=fetched_path(run, start.resume_from),
             stepped=lambda step, n_tokens: heart.beat({start.number: step}, n_tokens),
         )
     except Exception as error:
@@ -230,16 +240,35 @@ def describe_failure(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)[:300]}"
 
 
-def relative_to(run: RunDirectory, metrics: RungMetrics) -> RungMetrics:
-    """Return metrics whose checkpoint is named relative to the run directory, which may be moved."""
-    return replace(metrics, checkpoint=relative_path(run, metrics.checkpoint) or "")
+def kept(run: RunDirectory, metrics: RungMetrics) -> RungMetrics:
+    """Return metrics with the checkpoint's name as of `kept_path`.
+
+    Raises:
+        RunDirectoryError: object storage does not take the checkpoint.
+    """
+    return replace(metrics, checkpoint=kept_path(run, metrics.checkpoint))
 
 
-def relative_path(run: RunDirectory, checkpoint: str | None) -> str | None:
-    """Return a checkpoint's path relative to the run directory."""
-    return None if checkpoint is None else os.path.relpath(checkpoint, run.path)
+def kept_path(run: RunDirectory, checkpoint: str) -> str:
+    """Return a new checkpoint's path relative to the run directory, which may be moved.
+
+    If the run lies in object storage, the checkpoint is there when this returns: any node may be told to go on with it.
+
+    Raises:
+        RunDirectoryError: object storage does not take it.
+    """
+    name = os.path.relpath(checkpoint, run.path)
+    run.push_checkpoint(name)
+    return name
 
 
-def absolute(run: RunDirectory, checkpoint: str | None) -> str | None:
-    """Return a checkpoint's path on this machine."""
-    return None if checkpoint is None else str(run.path / checkpoint)
+def fetched_path(run: RunDirectory, checkpoint: str | None) -> str | None:
+    """Return a checkpoint's path on this machine, downloaded if the run lies in object storage.
+
+    Raises:
+        RunDirectoryError: it is not in object storage, or that cannot be reached.
+    """
+    if checkpoint is None:
+        return None
+    run.pull_checkpoint(checkpoint)
+    return str(run.path / checkpoint)

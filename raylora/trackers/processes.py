@@ -91,7 +91,7 @@ class TrackerProcesses:
         self.failed[name] = text or f"its process ended without a word ({self._run.logs}/tracker-{name}.log)"
         self._note(
             f"{name} failed: {self.failed[name]}; the run directory has it all. "
-            f"Send it later: raylora report {self._run.path} --report_to {name}"
+            f"Send it later: raylora report {self._run.location} --report_to {name}"
         )
 
 

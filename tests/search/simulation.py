@@ -8,6 +8,8 @@ from typing import Any
 from raylora.config.schema import SearchConfig
 from raylora.run.directory import RunDirectory
 from raylora.run.events import EventLog, read_events
+from raylora.run.parts import pull_events
+from raylora.run.storage import Storage
 from raylora.search.controller import SearchController
 from raylora.search.messages import Batch, Failure, Gone, Leave, Lost, News, Order, Ready, Report, Return, Start
 from tests.helpers import metrics
@@ -49,15 +51,18 @@ class Simulation:
         slots: int = 3,
         loss: Callable[[dict[str, Any], int], float] = falling_with_the_rate,
         rungs: list[int] = RUNGS,
+        storage: Storage | None = None,
     ) -> None:
+        self.storage = storage
         self.config, self.run, self.rungs = config, RunDirectory(folder), rungs
         self.n_lanes, self.slots, self.loss = n_lanes, slots, loss
         self.begin()
 
     def begin(self) -> None:
         """Start a session, the first or a resumed one."""
+        parts = pull_events(self.storage, self.run.events_file) if self.storage else None
         events = list(read_events(self.run.events_file))
-        self.log = EventLog(self.run.events_file)
+        self.log = EventLog(self.run.events_file, parts=parts)
         self.controller = SearchController(
             self.config, self.rungs, self.log, events=events, n_lanes=self.n_lanes, clock=lambda: 0.0
         )

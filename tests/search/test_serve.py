@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from raylora.config.schema import SearchConfig
-from raylora.run.directory import RunDirectory
+from raylora.errors import RunDirectoryError
+from raylora.run.directory import RunDirectory, run_at
 from raylora.search.messages import Failure, Leave, News, Order, Pulse, Ready, Report, Return, Start
 from raylora.search.serve import Heart, serve_one, serve_pack
 from raylora.training.packed.engine import PackedEngine
@@ -282,3 +283,50 @@ def test_a_lane_beats_once_a_second_with_the_speed_since_its_last_beat() -> None
     assert first.steps == {0: 2} and first.tokens_per_second == pytest.approx(100)
     assert second.steps == {0: 4} and second.tokens_per_second == pytest.approx(120)
     assert first.memory_mib > 0
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """Run in object storage: fsspec's memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one-node"))
+    return run_at(f"memory:/{tmp_path}/run")
+
+
+def test_a_checkpoint_is_in_storage_before_its_report_and_another_node_goes_on_from_it(
+    engine: PackedEngine, remote: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert remote.storage is not None
+    storage = remote.storage
+
+    class Watching(Script):
+        def exchange(self, news: list[News]) -> list[Order] | None:
+            for report in (one for one in news if isinstance(one, Report)):
+                assert f"{report.metrics.checkpoint}/adapter_model.safetensors" in storage.list("trials")
+            return super().exchange(news)
+
+    first = Watching([start(0)], [Leave(0)])
+    serve_pack(engine, first, remote, READY)  # type: ignore[arg-type]
+    assert first.reports == [(0, 1)]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another-node"))
+    there = run_at(remote.remote or "")
+    second = Watching([start(0, resume_from="trials/0000/checkpoint-1", segment=2)])
+    serve_pack(engine, second, there, READY)  # type: ignore[arg-type]
+    assert second.reports == [(0, 3)]
+    assert (there.trial(0) / "checkpoint-1").is_dir()
+
+
+def test_storage_that_takes_no_checkpoint_is_no_fault_of_the_trial(
+    engine: PackedEngine, remote: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: RunDirectory, name: str) -> None:
+        raise RunDirectoryError("storage is down")
+
+    monkeypatch.setattr(RunDirectory, "push_checkpoint", refuse)
+    packed_link, single_link = Script([start(0)]), Script([start(0)])
+    serve_pack(engine, packed_link, remote, READY)  # type: ignore[arg-type]
+    serve_one(FakeEngine(tmp_path), single_link, remote, READY)  # type: ignore[arg-type]
+    for link in (packed_link, single_link):
+        assert link.reports == [] and link.failures == {}
+        (returned,) = link.returns
+        assert returned.machine_fault and returned.checkpoints == {0: None}
+        assert "storage is down" in returned.reason

@@ -15,6 +15,8 @@ import yaml
 
 from raylora.run.activity import watched
 from raylora.run.directory import RunDirectory
+from raylora.run.holding import borrowed
+from raylora.run.transfer import pull_files
 from raylora.search.plan import Devices
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -90,27 +92,34 @@ def call_on_device(
 
     Args:
         function: called with the run directory, whose `activity.json` says how far it is.
-        run: the run directory.
+        run: the run directory. If it lies in object storage, all that the function reads is there.
         on_gpu: reserve a GPU.
         n_cpus: reserve so many CPUs without a GPU; Ray gives the process as many threads.
         waiting: called again and again meanwhile.
         provide: from `share_files`; called in that process first.
     """
     remote = ray.remote(num_cpus=1, num_gpus=1) if on_gpu else ray.remote(num_cpus=n_cpus)
-    result = remote(_call_watched).remote(function, run, provide)
-    while not ray.wait([result], timeout=0.5)[0]:
+    answer = remote(_call_watched).remote(function, run, provide)
+    while not ray.wait([answer], timeout=0.5)[0]:
         waiting()
-    return ray.get(result)
+    result, is_elsewhere = ray.get(answer)
+    if run.storage is not None and is_elsewhere:
+        pull_files(run.storage.patient(), run.path)
+    return result
 
 
 def _call_watched(
     function: Callable[[RunDirectory], Any], run: RunDirectory, provide: Callable[[], None] | None
-) -> Any:
-    """Call a function, and let its loops say how far they are."""
-    with watched(run.activity_file):
+) -> tuple[Any, bool]:
+    """Call a function, and let its loops say how far they are.
+
+    Returns:
+        Its result, and True if what it has written is in object storage and not yet on the driver's node.
+    """
+    with borrowed(run) as (here, is_elsewhere), watched(here.activity_file):
         if provide is not None:
             provide()
-        return function(run)
+        return function(here), is_elsewhere
 
 
 def local_devices() -> Devices:

@@ -21,7 +21,7 @@ from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError, first_line
 from raylora.quiet import quiet_libraries
 from raylora.run.activity import Activity, heard, tell
-from raylora.run.directory import RunDirectory
+from raylora.run.directory import RunDirectory, run_at
 from raylora.search.messages import Batch, Gone, Lost, News, Order, Pulse, Ready
 from raylora.search.plan import Plan, forwarded
 from raylora.search.serve import Engine, describe_failure, serve_one, serve_pack
@@ -62,6 +62,8 @@ class LaneSettings:
     object alone: not in Ray's runtime environments, which its logs and dashboard show."""
 
     load_engine: Callable[..., Engine | PackedEngine] = load_engine
+    remote: str | None = None
+    """URL of a run directory in object storage, of which each node has a working copy."""
 
 
 def lane_settings(
@@ -87,6 +89,7 @@ def lane_settings(
         threads=plan.threads,
         provide=provide,
         environment=forwarded(plan.config.search.forward_env),
+        remote=run.remote,
     )
     return [replace(first, name=str(index)) for index in range(plan.n_lanes)]
 
@@ -146,7 +149,7 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
     torch.set_num_threads(settings.threads)
     _forget_process_group()
     os.environ.update(settings.environment)
-    run = RunDirectory(settings.run_path)
+    run = run_at(settings.remote or settings.run_path)
     try:
         with heard(partial(_tell_broker, settings)):
             engine = _load(settings, run)
@@ -165,10 +168,10 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
 
 def _load(settings: LaneSettings, run: RunDirectory) -> Engine | PackedEngine:
     """Load the base, once this node has all that is needed."""
-    if not run.config_file.is_file():
+    if run.storage is None and not run.config_file.is_file():
         raise RunDirectoryError(
             f"node {socket.gethostname()} does not see {run.path}; the run directory must lie on storage that all "
-            "nodes share"
+            "nodes share, or in object storage, as by --output s3://BUCKET/RUN"
         )
     if settings.provide is not None:
         settings.provide()
