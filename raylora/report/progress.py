@@ -13,7 +13,8 @@ from rich.text import Text
 from raylora.config.schema import SearchConfig
 from raylora.run.activity import Activity
 from raylora.run.events import Event, Failed, Finished, LaneLost, LaneUp, Reported, Stopped
-from raylora.run.state import ENDED, STATES, SearchState, TrialRow
+from raylora.run.state import ENDED, STATES, SearchState
+from raylora.run.trial_row import TrialRow
 from raylora.search.forecast import Forecaster
 from raylora.search.messages import Pulse
 

@@ -10,7 +10,8 @@ import pyarrow.parquet
 
 from raylora.run.atomic import replacing
 from raylora.run.directory import RunDirectory
-from raylora.run.state import HistoryRow, SearchState, TrialRow
+from raylora.run.state import SearchState
+from raylora.run.trial_row import HistoryRow, TrialRow
 
 MIN_SECONDS = 2.0
 """Least time between two writes of the tables while a search runs."""

@@ -26,7 +26,8 @@ from raylora.run.events import (
     Started,
     Stopped,
 )
-from raylora.run.state import Lane, SearchState, TrialRow
+from raylora.run.state import Lane, SearchState
+from raylora.run.trial_row import TrialRow
 from raylora.search.halving import Halving
 from raylora.search.messages import Batch, Failure, Leave, Lost, Order, Ready, Report, Return, Start
 from raylora.search.sampler import Sampler
@@ -216,12 +217,14 @@ class SearchController:
         lanes = self.state.lanes
         queued = self.state.numbers("queued")
         suspects = set().union(*(lane.suspects for lane in lanes.values()))
+        is_asked = False  # what `_next` says holds for every lane
         for name in sorted(lanes, key=lambda name: (len(lanes[name].trials), len(name), name)):
             lane = lanes[name]
+            number = None
             if lane.suspects:
                 number = None if lane.trials else min(queued & lane.suspects, default=None)
-            else:
-                number = self._next(queued - suspects) if len(lane.trials) < lane.slots else None
+            elif len(lane.trials) < lane.slots and not is_asked:
+                number, is_asked = self._next(queued - suspects), True
             if number is not None:
                 return name, number
         return None
