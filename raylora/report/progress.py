@@ -13,13 +13,16 @@ from rich.text import Text
 from raylora.config.schema import SearchConfig
 from raylora.run.activity import Activity
 from raylora.run.events import Event, Failed, Finished, LaneLost, LaneUp, Reported, Stopped
-from raylora.run.state import ENDED, STATES, SearchState
+from raylora.run.state import ENDED, STATES, Lane, SearchState
 from raylora.run.trial_row import TrialRow
 from raylora.search.forecast import Forecaster
 from raylora.search.messages import Pulse
 
 MAX_ROWS = 16
 """Trials in the live table: those that train, and the leaders."""
+
+MAX_LANES = 8
+"""Lanes that have a line each in the live view; more of them share one, so that the table stays on the screen."""
 
 SEARCHING = "searching"
 """The activity while trials train."""
@@ -140,16 +143,27 @@ class Progress:
         return (running + leaders + rest)[:MAX_ROWS]
 
     def _lanes(self) -> list[str]:
-        """Return a line for each lane."""
-        lines = []
-        for name, lane in self._state.lanes.items():
-            line = f"lane {name} ({lane.facts.get('device', '?')}): {len(lane.trials)} of {lane.slots} slots"
-            if lane.lost is not None:
-                line = f"lane {name} is lost: {lane.lost}"
-            elif (pulse := self._pulses.get(name)) is not None:
-                line += f", {pulse.tokens_per_second:,.0f} tokens/s, peak {pulse.memory_mib:,.0f} MiB"
-            lines.append(line)
-        return lines or [f"lanes load the base ... {time.time() - self._began:.0f} s"]
+        """Return a line for each lane; a single one for very many, and one for each of the lost."""
+        lanes = self._state.lanes
+        if not lanes:
+            return [f"lanes load the base ... {time.time() - self._began:.0f} s"]
+        lost = [f"lane {name} is lost: {lane.lost}" for name, lane in lanes.items() if lane.lost is not None]
+        alive = {name: lane for name, lane in lanes.items() if lane.lost is None}
+        if len(alive) > MAX_LANES:
+            return [self._line(f"{len(alive)} lanes", alive), *lost[:MAX_LANES]]
+        lines = [
+            self._line(f"lane {name} ({lane.facts.get('device', '?')})", {name: lane}) for name, lane in alive.items()
+        ]
+        return lines + lost[:MAX_LANES]
+
+    def _line(self, title: str, lanes: Mapping[str, Lane]) -> str:
+        """Return slots, speed and memory of some lanes together."""
+        n_trials, n_slots = sum(len(lane.trials) for lane in lanes.values()), sum(lane.slots for lane in lanes.values())
+        line = f"{title}: {n_trials} of {n_slots} slots"
+        if pulses := [self._pulses[name] for name in lanes if name in self._pulses]:
+            speed, memory = sum(pulse.tokens_per_second for pulse in pulses), max(pulse.memory_mib for pulse in pulses)
+            line += f", {speed:,.0f} tokens/s, peak {memory:,.0f} MiB"
+        return line
 
     def _steps(self) -> dict[int, int]:
         """Return the step of each running trial that is past its last report."""
