@@ -3,9 +3,9 @@
 Run as `python benchmarks/scale.py OUTPUT.json [--trials 1000 10000] [--lanes 64] [--slots 8] [--step-seconds 2]`.
 
 Lanes train nothing: a step takes the time that the command line says. A lane that has reported waits until the
-controller has answered all who reported before. The controller is the real one: halving, Optuna's sampler, the event log
-written through to this disk, and tables. The seconds that it takes here are those that lanes wait for. `--ray-ms` adds
-Ray's own time for a batch. The study mirror has a thread of its own, so it is timed after the search.
+controller has answered all who reported before. The controller is the real one: halving, Optuna's sampler, the event
+log written through to this disk, and tables. Lanes wait for its CPU time here, and for the disk.
+`--ray-ms` adds Ray's own time for a batch. The study mirror has a thread of its own, so it is timed after the search.
 """
 
 import argparse
@@ -83,15 +83,17 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(
+        self, name: str, function: Callable[..., Any], clock: Callable[[], float] = time.process_time
+    ) -> Callable[..., Any]:
         """Wrap a function so that its calls are timed."""
 
         def run(*arguments: Any) -> Any:
-            began = time.perf_counter()
+            began = clock()
             try:
                 return function(*arguments)
             finally:
-                self.seconds[name].append(time.perf_counter() - began)
+                self.seconds[name].append(clock() - began)
 
         return run
 
@@ -125,14 +127,14 @@ class Search:
         self.options, self.config, self.run_directory = options, config_of(n_trials, options), RunDirectory(folder)
         self.now, self.free_at, self.lane_busy, self.watch = 0.0, 0.0, 0.0, Stopwatch()
         self.waits: list[float] = []
-        self._handling_since = time.perf_counter()
+        self._handling_since = time.process_time()
         draw = random.Random(0)
         self.lanes = {str(i): Lane(str(i), draw.uniform(0.9, 1.1)) for i in range(options.lanes)}
         self.draw, self._events, self._order = draw, list[tuple[float, int, Callable[[], None]]](), count()
         raylora.run.tables.time = SimpleNamespace(monotonic=self.clock)  # type: ignore[assignment]
         raylora.search.views.StudyMirror = _Recorder  # type: ignore[assignment, misc]
         log = EventLog(self.run_directory.events_file, self.clock)
-        log.flush = self.watch.timed("flush", log.flush)  # type: ignore[method-assign]
+        log.flush = self.watch.timed("flush", log.flush, time.perf_counter)  # type: ignore[method-assign]
         self.controller = SearchController(self.config, RUNGS, log, n_lanes=options.lanes, clock=self.clock)
         self.views = Views(self.run_directory, self.config, self.controller.state, [], print)
         self.controller.listen(self.views.add)
@@ -142,11 +144,11 @@ class Search:
 
     def clock(self) -> float:
         """Return the simulated time; while the controller works, its own time goes on."""
-        return self.now + time.perf_counter() - self._handling_since
+        return self.now + time.process_time() - self._handling_since
 
     def finish(self) -> None:
         """Simulate the search to its end."""
-        self._handling_since = time.perf_counter()
+        self._handling_since = time.process_time()
         self.controller.begin("host", 1)
         for lane in self.lanes.values():
             self._post(lane, [Ready(self.options.slots, {"node": lane.name})])
@@ -167,8 +169,9 @@ class Search:
         """Let the controller answer a lane, once it has answered those before."""
         lane.round, lane.is_waiting, posted = lane.round + 1, True, self.now
         self.now = max(posted, self.free_at)
-        self._handling_since = time.perf_counter()
+        self._handling_since = time.process_time()
         orders = self.handle(Batch(lane.name, 1, lane.round, news))
+        self.watch.seconds["handle"][-1] += self.watch.seconds["flush"][-1]
         self.free_at = self.now + self.watch.seconds["handle"][-1] + self.options.ray_ms / 1000
         self.now = posted
         self.waits.append(self.free_at - posted)
@@ -323,15 +326,15 @@ def _costs(search: Search, peak: float, before: float) -> dict[str, Any]:
 
 def _resume(search: Search) -> dict[str, float]:
     """Return the seconds of taking the search up again from its log."""
-    began = time.perf_counter()
+    began = time.process_time()
     events = list(read_events(search.run_directory.events_file))
-    read = time.perf_counter()
+    read = time.process_time()
     log = EventLog(search.run_directory.events_file)
     controller = SearchController(search.config, RUNGS, log, events=events, n_lanes=len(search.lanes))
-    folded = time.perf_counter()
+    folded = time.process_time()
     assert controller.state.trials == search.controller.state.trials
     controller._sampler.propose(len(controller.state.trials))
-    proposed = time.perf_counter()
+    proposed = time.process_time()
     log.close()
     return {
         "events": len(events),
@@ -345,17 +348,17 @@ def _views(search: Search) -> dict[str, Any]:
     """Return what the terminal, a table and the study mirror cost at the end."""
     console = Console(file=Path(os.devnull).open("w"), force_terminal=True)  # noqa: SIM115
     progress = Progress(search.controller.state, search.config, RUNGS, console)
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(10):
         progress.summary()
-    forecast = (time.perf_counter() - began) / 10
-    began = time.perf_counter()
+    forecast = (time.process_time() - began) / 10
+    began = time.process_time()
     for _ in range(10):
         console.print(progress.view())
-    view = (time.perf_counter() - began) / 10
-    began = time.perf_counter()
+    view = (time.process_time() - began) / 10
+    began = time.process_time()
     search.views._tables.write()
-    tables = time.perf_counter() - began
+    tables = time.process_time() - began
     recorded: list[Event] = search.views._mirror.events  # type: ignore[attr-defined]
     mirror = StudyMirror(search.run_directory.path / "mirror.db", search.config.search_space(), print)
     began, began_cpu = time.perf_counter(), time.process_time()

@@ -16,6 +16,7 @@ from raylora.cli.command import parse_overrides, split_arguments
 from raylora.config.load import dump_config
 from raylora.config.schema import SearchConfig
 from raylora.errors import ConfigError
+from raylora.machine import Limit
 
 
 def test_both_forms_of_overrides_are_read() -> None:
@@ -88,6 +89,15 @@ def test_the_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "torch sees no GPU" in doctor.check_gpu().text
+
+
+def test_the_doctor_says_whose_limit_memory_and_cpus_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "memory_limit", lambda: Limit(3 * doctor.GIB, "/sys/fs/cgroup/memory.max"))
+    monkeypatch.setattr(doctor, "free_memory", lambda: 2.5 * doctor.GIB)
+    monkeypatch.setattr(doctor, "cpu_limit", lambda: Limit(1.5, "/sys/fs/cgroup/cpu.max"))
+    assert doctor.check_limits().text == (
+        "memory 3.0 GiB, of which 2.5 are free (by /sys/fs/cgroup/memory.max); CPUs 1.5 (by /sys/fs/cgroup/cpu.max)"
+    )
 
 
 def test_the_doctor_says_what_this_machine_trains_and_speaks_json(monkeypatch: pytest.MonkeyPatch) -> None:
