@@ -1,6 +1,7 @@
 """Override parsing, the doctor, the console script and a single trial."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,30 @@ def test_every_step_is_a_subcommand_with_help(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    ("shell", "typed"),
+    [
+        ("bash", {"COMP_WORDS": "raylora s", "COMP_CWORD": "1"}),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "raylora s"}),
+        ("fish", {"_TYPER_COMPLETE_ARGS": "raylora s", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}),
+    ],
+)
+def test_a_shell_completes_the_subcommands(shell: str, typed: dict[str, str]) -> None:
+    # as the script that `raylora --install-completion` leaves for the shell asks
+    asked = CliRunner().invoke(app, [], prog_name="raylora", env={"_RAYLORA_COMPLETE": f"complete_{shell}", **typed})
+    assert asked.exit_code == 0
+    assert {name for name in ("search", "status", "doctor", "init") if re.search(rf"\b{name}\b", asked.output)} == {
+        "search",
+        "status",
+    }
+
+
+def test_the_completion_script_is_that_of_the_console_script() -> None:
+    script = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="raylora")
+    assert script.exit_code == 0
+    assert "_RAYLORA_COMPLETE=complete_bash" in script.output
 
 
 def test_a_first_argument_may_be_left_out() -> None:
