@@ -19,7 +19,7 @@ import resource
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -48,8 +48,8 @@ from raylora.search.ray.broker import Broker
 from raylora.search.views import Views
 
 RUNGS = [20, 60, 180, 540]
-VIEWS_A_SECOND = 3
-"""Two of the terminal, one for `activity.json`."""
+VIEWS_A_SECOND = 1
+"""Views of the terminal; `activity.json`, once a second, takes a summary's forecast alone."""
 
 MESSAGES_A_BATCH = 4
 """A lane posts it and asks for orders; a Tune trial asks for news; the controller delivers."""
@@ -296,7 +296,7 @@ def _costs(search: Search, peak: float, before: float) -> dict[str, Any]:
         "lane_hours": lane_seconds / 3600,
         "share_of_lanes_without_a_trial": 1 - lane_seconds / search.now / len(search.lanes),
         "finished": state.count("finished"),
-        "steps": state.totals.steps,
+        "steps": sum(row.step for row in state.trials.values()),
         "batches": len(handle),
         "controller": {
             "seconds": sum(handle),
@@ -384,9 +384,10 @@ def _views(search: Search) -> dict[str, Any]:
     }
 
 
-async def _broker_speed(n_lanes: int, n_rounds: int = 100) -> float:
-    """Return the messages a second of the broker as a plain object, where all lanes talk at once."""
+async def _broker_speed(n_lanes: int, n_talking: int, n_messages: int = 10_000) -> float:
+    """Return the messages a second of the broker as a plain object, where some lanes talk and the others wait."""
     broker, names = Broker(), [str(i) for i in range(n_lanes)]
+    n_rounds = n_messages // MESSAGES_A_BATCH // n_talking
 
     async def lane(name: str) -> None:
         process = await broker.connect(name)
@@ -403,9 +404,19 @@ async def _broker_speed(n_lanes: int, n_rounds: int = 100) -> float:
             for batch in batches:
                 await broker.deliver({name: []}, {name: 1}, batch)
 
+    waiting = [asyncio.create_task(ask) for name in names[n_talking:] for ask in _waiting(broker, name)]
+    await asyncio.sleep(0)
     began = time.perf_counter()
-    await asyncio.gather(*map(lane, names), *map(controller, names))
-    return MESSAGES_A_BATCH * n_lanes * n_rounds / (time.perf_counter() - began)
+    await asyncio.gather(*map(lane, names[:n_talking]), *map(controller, names[:n_talking]))
+    seconds = time.perf_counter() - began
+    await broker.close()
+    await asyncio.gather(*waiting)
+    return MESSAGES_A_BATCH * n_talking * n_rounds / seconds
+
+
+def _waiting(broker: Broker, lane: str) -> list[Coroutine[Any, Any, Any]]:
+    """Return what waits at the broker for a lane that trains: its process, and its Tune trial."""
+    return [broker.orders(lane, 0, 0), broker.news(lane, 0)]
 
 
 def main() -> None:
@@ -418,7 +429,7 @@ def main() -> None:
     parser.add_argument("--report-seconds", type=float, default=2.0, help="to validate and save one trial at a rung")
     parser.add_argument("--ray-ms", type=float, default=0.0, help="added to each batch for Ray")
     parser.add_argument("--sampler", default="tpe")
-    parser.add_argument("--mirror-events", type=int, default=2000, help="events that the study mirror is timed with")
+    parser.add_argument("--mirror-events", type=int, default=4000, help="events that the study mirror is timed with")
     options = parser.parse_args()
     searches = []
     for n_trials in options.trials:
@@ -433,7 +444,10 @@ def main() -> None:
         | {"python": platform.python_version()},
         "options": {name: value for name, value in vars(options).items() if name not in ("output", "trials")},
         "rungs": RUNGS,
-        "broker_messages_a_second": {str(n): asyncio.run(_broker_speed(n)) for n in (8, options.lanes)},
+        "broker_messages_a_second": {
+            "all_lanes_talk": asyncio.run(_broker_speed(options.lanes, options.lanes)),
+            "one_lane_talks": asyncio.run(_broker_speed(options.lanes, 1)),
+        },
         "searches": searches,
     }
     options.output.write_text(json.dumps(result, indent=2) + "\n")

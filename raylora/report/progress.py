@@ -50,7 +50,7 @@ class Progress:
         self._pulses: Mapping[str, Pulse] = {}
         self._began, self._shown_at = time.time(), time.monotonic()
         self._live = (
-            Live(console=console, refresh_per_second=2, get_renderable=self.view) if console.is_terminal else None
+            Live(console=console, refresh_per_second=1, get_renderable=self.view) if console.is_terminal else None
         )
 
     def __enter__(self) -> "Progress":
