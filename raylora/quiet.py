@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 STDERR = 2
@@ -55,22 +55,23 @@ WARNINGS = (
 
 
 @contextmanager
-def stderr_into(path: Path) -> Iterator[None]:
-    """Append what this process and its libraries write to standard error inside the block to a file.
+def output_into(path: Path) -> Iterator[None]:
+    """Append what libraries print inside the block to a file. A stream that was opened before it still works.
 
-    Ray's own code writes there past Python, as when a node dies.
+    Ray's own code writes to standard error past Python, as when a node dies, and its warnings to `sys.stdout`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.flush()
     kept = os.dup(STDERR)
-    with path.open("ab") as file:
+    with path.open("a", encoding="utf-8", buffering=1) as file:
         os.dup2(file.fileno(), STDERR)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, STDERR)
-        os.close(kept)
+        try:
+            with redirect_stdout(file):
+                yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, STDERR)
+            os.close(kept)
 
 
 def quiet_libraries() -> None:

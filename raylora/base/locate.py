@@ -42,19 +42,23 @@ def find_checkpoint(section: BaseModelSection, cache_dir: Path) -> str:
     if is_gguf(section):
         return str(_convert_gguf_once(path, cache_dir))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BaseModelError(f"{path} holds no config.json, so it is no model directory of transformers")
-        if not any(next(path.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
-            raise BaseModelError(f"{path} holds no weights: must hold one of {', '.join(WEIGHT_PATTERNS)}")
-        _check_shards(path)
+        check_directory(path)
         return str(path)
     if not is_hub_id(section.name):
         raise BaseModelError(f"base model not found: {section.name} is no directory, GGUF file or Hub id (owner/name)")
     return section.name
 
 
-def _check_shards(directory: Path) -> None:
-    """Check that every file of weights that an index names is there."""
+def check_directory(directory: Path) -> None:
+    """Check that a directory holds a whole model.
+
+    Raises:
+        BaseModelError: its config or some of its weights are missing.
+    """
+    if not (directory / "config.json").is_file():
+        raise BaseModelError(f"{directory} holds no config.json, so it is no model directory of transformers")
+    if not any(next(directory.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
+        raise BaseModelError(f"{directory} holds no weights: must hold one of {', '.join(WEIGHT_PATTERNS)}")
     for index in directory.glob("*.index.json"):
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(file for file in files if not (directory / file).is_file())

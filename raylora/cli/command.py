@@ -114,7 +114,8 @@ def local_path(path: Path) -> Path:
 
 def console() -> Console:
     """Return standard output as a console; it is wide if it is no terminal, so that no line is broken in a log."""
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    # the stream by itself: `sys.stdout` may be another one while libraries are kept quiet
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
 
 
 def _show(error: BaseException) -> None:

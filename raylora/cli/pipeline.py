@@ -1,5 +1,6 @@
 """Goes from settings to a checked merged model: search, merge, held-out check and report."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from raylora.evaluate.heldout import evaluate_run
 from raylora.machine import n_cpus
 from raylora.merge.gate import check_tolerance
 from raylora.merge.run import merge_run, save_best_adapter
-from raylora.quiet import stderr_into
+from raylora.quiet import output_into
 from raylora.report.page import write_report
 from raylora.report.progress import Progress
 from raylora.report.screen import print_summary
@@ -29,6 +30,7 @@ from raylora.search.controller import SearchController
 from raylora.search.messages import Pulse
 from raylora.search.plan import Plan, make_plan
 from raylora.search.ray.cluster import call_on_device, cluster_devices, connected, local_devices, local_ray
+from raylora.search.ray.files import share_files
 from raylora.search.ray.lane import lane_settings
 from raylora.search.ray.run import run_search, start_broker
 from raylora.search.speed import Speed, measured_speed, remember_speed, remembered_speed
@@ -75,18 +77,19 @@ def run_pipeline(
         if dry_run:
             screen.print("dry run: nothing was started")
             return
-        stack.enter_context(stderr_into(run.logs / "ray.log"))
+        stack.enter_context(output_into(run.logs / "ray.log"))
         if not address:
             stack.enter_context(local_ray(devices, logs=run.logs / "ray"))
         write_provenance(run, plan.config, _facts(plan))
         stack.enter_context(TrackerProcesses(run, plan.config.report_to, result.print))
-        _search(run, plan, screen)
-        _finish(run, plan, screen)
+        provide = share_files(plan.needed) if address else None
+        _search(run, plan, screen, provide)
+        _finish(run, plan, screen, provide)
     print_summary(run, result)
     check_tolerance(read_json(run.merge_file))
 
 
-def _search(run: RunDirectory, plan: Plan, screen: Console) -> None:
+def _search(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[], None] | None) -> None:
     events = list(read_events(run.events_file))
     log = EventLog(run.events_file)
     controller = SearchController(plan.config, plan.rungs, log, events=events, n_lanes=plan.n_lanes)
@@ -101,7 +104,7 @@ def _search(run: RunDirectory, plan: Plan, screen: Console) -> None:
                 progress.beat(pulses)
                 write_activity(run.activity_file, progress.activity())
 
-            run_search(run, lane_settings(run, plan, broker), broker, controller, views, progress.note, beat)
+            run_search(run, lane_settings(run, plan, broker, provide), broker, controller, views, progress.note, beat)
             screen.print(progress.summary())
     except KeyboardInterrupt:
         screen.print(f"interrupted; everything is kept. Go on with: --output {run.path} --resume")
@@ -111,14 +114,21 @@ def _search(run: RunDirectory, plan: Plan, screen: Console) -> None:
         run.activity_file.unlink(missing_ok=True)
 
 
-def _finish(run: RunDirectory, plan: Plan, screen: Console) -> None:
+def _finish(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[], None] | None) -> None:
     """Merge, check and report; the first two where the lanes were, since a cluster's head may have no GPU."""
     _remember_speed(run, plan)
     best = save_best_adapter(run)
     screen.print(f"best: trial {best.number}, eval_loss {best.eval_loss:.4f}; adapter in {run.best_adapter}")
     for what, step in (("merging into the base", merge_run), ("generating on held-out prompts", evaluate_run)):
         with Stage(what, run.activity_file, screen) as stage:
-            call_on_device(step, run, on_gpu=plan.on_gpu, n_cpus=plan.node_cpus, waiting=stage.refresh)
+            call_on_device(
+                step,
+                run,
+                on_gpu=plan.on_gpu,
+                n_cpus=plan.node_cpus,
+                waiting=stage.refresh,
+                provide=provide,
+            )
     write_report(run)
 
 

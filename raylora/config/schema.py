@@ -206,7 +206,12 @@ class SearchSection(Section):
     """Seed of the sampler."""
 
     lanes: PositiveInt | None = None
-    """Number of GPUs to use; None is all of them. On a CPU, number of processes; None is one."""
+    """Number of GPUs to use; None is all of them. On a CPU, number of processes; None is one. With `device: cuda` on a
+    cluster, a search starts with the first GPU that is there and takes the others as they come."""
+
+    forward_env: list[str] = []
+    """Names of environment variables that lanes get from the user's environment, such as `HF_TOKEN`. Nothing else of it
+    leaves the driver's node, and values are never written to disk or logs."""
 
     engine: Literal["auto", "packed", "trl"] = "auto"
     """Training engine: `packed` trains several trials at once on one base, `trl` one at a time with TRL and peft.

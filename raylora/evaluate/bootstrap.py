@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.chrf import CHRFScore
 
 from raylora.evaluate.scores import reference_columns
 
@@ -65,12 +66,21 @@ def score_intervals(
     columns = reference_columns(references)
     intervals = {
         "bleu": _sacrebleu_interval(BLEU(), texts, columns),
-        "chrf": _sacrebleu_interval(CHRF(), texts, columns),
+        "chrf": _sacrebleu_interval(_Chrf(), texts, columns),
     }
     for name in sorted({name for row in rows for name in row} - {"chrf"}):
         values = [row[name] for row in rows if name in row]
         intervals[name] = mean_interval(values) if name == "rouge_l" else share_interval(values)
     return intervals
+
+
+class _Chrf(CHRF):
+    """chrF whose scores are all floats: sacrebleu 2.6 mixes them with NumPy's, of which it cannot take the mean."""
+
+    def _compute_score_from_stats(self, stats: list[int]) -> CHRFScore:
+        score = super()._compute_score_from_stats(stats)
+        score.score = float(score.score)
+        return score
 
 
 def _sacrebleu_interval(metric: BLEU | CHRF, texts: list[str], columns: list[list[str | None]]) -> list[float]:

@@ -50,7 +50,9 @@ class Progress:
         self._pulses: Mapping[str, Pulse] = {}
         self._began, self._shown_at = time.time(), time.monotonic()
         self._live = (
-            Live(console=console, refresh_per_second=1, get_renderable=self.view) if console.is_terminal else None
+            Live(console=console, refresh_per_second=1, get_renderable=self.view, redirect_stdout=False)
+            if console.is_terminal
+            else None
         )
 
     def __enter__(self) -> "Progress":
@@ -65,12 +67,14 @@ class Progress:
     def show(self, event: Event) -> None:
         """Show one event, after it has changed the state."""
         match event:
+            case LaneUp() if event.process > 1:
+                self.note(f"lane {event.lane}: it is up again, on {event.facts.get('host', 'a node')}")
             case LaneUp() if event.facts.get("reason"):
                 self.note(f"lane {event.lane} trains one trial at a time, with TRL: {event.facts['reason']}")
             case LaneUp() if event.facts.get("notes"):
                 self.note(f"lane {event.lane}: {'; '.join(event.facts['notes'])}")
             case LaneLost():
-                after = f"; its output is in {self._logs}" if event.for_good else "; it is up again"
+                after = f"; its output is in {self._logs}" if event.for_good else "; its trials wait for a free slot"
                 self.note(f"lane {event.lane}: {event.reason}{after}")
             case Reported() if not self._live:
                 row = self._state.trials[event.number]
@@ -84,7 +88,7 @@ class Progress:
         is_new = pulses != self._pulses
         self._pulses = pulses
         if is_new and not self._live and time.monotonic() - self._shown_at >= LINE_SECONDS:
-            self.note(self.summary())
+            self.note(self.summary() if self._state.lanes else "; ".join(self._lanes()))
 
     def note(self, text: str) -> None:
         """Print a line that the user should see meanwhile."""
@@ -143,18 +147,27 @@ class Progress:
         return (running + leaders + rest)[:MAX_ROWS]
 
     def _lanes(self) -> list[str]:
-        """Return a line for each lane; a single one for very many, and one for each of the lost."""
+        """Return a line for each lane. Many that are up share one, so that the table stays on the screen."""
         lanes = self._state.lanes
-        if not lanes:
-            return [f"lanes load the base ... {time.time() - self._began:.0f} s"]
-        lost = [f"lane {name} is lost: {lane.lost}" for name, lane in lanes.items() if lane.lost is not None]
-        alive = {name: lane for name, lane in lanes.items() if lane.lost is None}
-        if len(alive) > MAX_LANES:
-            return [self._line(f"{len(alive)} lanes", alive), *lost[:MAX_LANES]]
+        up = {name: lane for name, lane in lanes.items() if lane.up}
         lines = [
-            self._line(f"lane {name} ({lane.facts.get('device', '?')})", {name: lane}) for name, lane in alive.items()
+            self._line(f"lane {name} ({lane.facts.get('device', '?')})", {name: lane}) for name, lane in up.items()
         ]
-        return lines + lost[:MAX_LANES]
+        if len(up) > MAX_LANES:
+            lines = [self._line(f"{len(up)} lanes", up)]
+        others = [
+            f"lane {name} is lost: {lane.lost}"
+            if lane.lost is not None
+            else f"lane {name} is down, and waits for a node: {lane.down}"
+            for name, lane in lanes.items()
+            if not lane.up
+        ]
+        others += [
+            f"lane {name}: {pulse.loading} ... {time.time() - self._began:.0f} s"
+            for name, pulse in self._pulses.items()
+            if pulse.loading is not None and name not in lanes
+        ]
+        return lines + others[:MAX_LANES] or [f"waiting for a lane ... {time.time() - self._began:.0f} s"]
 
     def _line(self, title: str, lanes: Mapping[str, Lane]) -> str:
         """Return slots, speed and memory of some lanes together."""

@@ -25,7 +25,9 @@ class Stage:
         self._what, self._file, self._console = what, activity_file, console
         self._shown_at = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self._bar = (
+            Progress(*columns, console=console, transient=True, redirect_stdout=False) if console.is_terminal else None
+        )
 
     def __enter__(self) -> "Stage":
         self._console.print(f"{self._what} ...")

@@ -6,10 +6,11 @@ Long loops wrap what they go through in `track`, or `tell`. They need not know w
 import json
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,20 +37,20 @@ class Activity:
 
 
 class _Watch:
-    """File that somebody watches.
+    """Somebody who wants to know.
 
     Args:
-        path: the file.
+        hear: takes an activity.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._written_at = path, -SECONDS
+    def __init__(self, hear: Callable[[Activity], None]) -> None:
+        self._hear, self._heard_at = hear, -SECONDS
 
     def tell(self, what: str, done: int, total: int) -> None:
-        """Write how far the work is, if that is due."""
-        if time.monotonic() - self._written_at >= SECONDS:
-            write_activity(self._path, Activity(what, done, total))
-            self._written_at = time.monotonic()
+        """Say how far the work is, if that is due."""
+        if time.monotonic() - self._heard_at >= SECONDS:
+            self._hear(Activity(what, done, total))
+            self._heard_at = time.monotonic()
 
 
 _watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
@@ -58,13 +59,22 @@ _watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
 @contextmanager
 def watched(path: Path) -> Iterator[None]:
     """Write the activity of the block to a file, which is removed at its end."""
-    token = _watch.set(_Watch(path))
+    try:
+        with heard(partial(write_activity, path)):
+            yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def heard(hear: Callable[[Activity], None]) -> Iterator[None]:
+    """Hand the activity of the block to a function."""
+    token = _watch.set(_Watch(hear))
     try:
         yield
     finally:
         _watch.reset(token)
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
 
 
 def tell(what: str, done: int, total: int) -> None:

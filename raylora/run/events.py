@@ -58,7 +58,7 @@ class LaneLost(Event):
     lane: str
     reason: str
     for_good: bool
-    """False if a new process of the lane is up again."""
+    """False if another process of the lane is to come."""
 
     blames_trials: bool
     """True if the process died on a node that lives on, so that one of its trials may have killed it."""

@@ -45,15 +45,15 @@ def user_of(folder: Path) -> str | None:
 
 
 def made_once(directory: Path, make: Callable[[Path], None]) -> Path:
-    """Return a cached folder, and make it first if it is missing; processes that want the same one wait.
+    """Return a cached folder or file, and make it first if it is missing; processes that want the same one wait.
 
     Args:
-        directory: the folder.
+        directory: the folder, or the file.
         make: writes it under the temporary name that it is given.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
-        if not directory.is_dir():
+        if not directory.exists():
             remove_leftovers(directory.parent, directory.name)
             with replacing(directory) as temporary:
                 make(temporary)

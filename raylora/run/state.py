@@ -53,6 +53,12 @@ class Lane:
     suspects: set[int] = field(default_factory=set)
     """Trials that were on it when its process died; they train alone until each has reported or left."""
 
+    up: bool = True
+    """False from the end of its process until another one can train."""
+
+    down: str = ""
+    """Why it is down."""
+
     lost: str | None = None
     """Why the lane is gone for good."""
 
@@ -107,6 +113,9 @@ class SearchState:
             case Proposed():
                 self._propose(event)
             case Started():
+                for name, lane in self.lanes.items():
+                    if name != event.lane:
+                        lane.suspects.discard(event.number)
                 self.lanes[event.lane].trials.add(event.number)
                 self._change(event.number, state="running", segment=event.segment, lane=event.lane)
             case Reported():
@@ -224,7 +233,8 @@ class SearchState:
             self._change(number, state="queued")
             if event.blames_trials:
                 self.deaths[number] = self.deaths.get(number, 0) + 1
-        lane.suspects = set() if event.for_good else lane.suspects | (numbers if event.blames_trials else set())
+        lane.suspects = lane.suspects | numbers if event.blames_trials else set()
+        lane.up, lane.down = False, event.reason
         if event.for_good:
             lane.lost, lane.slots = event.reason, 0
 

@@ -29,7 +29,7 @@ from raylora.run.events import (
 from raylora.run.state import Lane, SearchState
 from raylora.run.trial_row import TrialRow
 from raylora.search.halving import Halving
-from raylora.search.messages import Batch, Failure, Leave, Lost, Order, Ready, Report, Return, Start
+from raylora.search.messages import Batch, Failure, Gone, Leave, Lost, Order, Ready, Report, Return, Start
 from raylora.search.sampler import Sampler
 
 MAX_DEATHS = 3
@@ -132,6 +132,8 @@ class SearchController:
             match news:
                 case Ready():
                     self._lane_is_up(batch, news)
+                case Gone() if self._is_up(batch.lane):
+                    self._lane_is_down(batch.lane, news.reason, blames_trials=not news.node_lost)
                 case Lost():
                     self._record(LaneLost(batch.lane, news.reason, for_good=True, blames_trials=False))
                 case Failure() if self._is_current(news.number, news.segment):
@@ -160,15 +162,21 @@ class SearchController:
         return row.state == "running" and row.segment == segment
 
     def _lane_is_up(self, batch: Batch, news: Ready) -> None:
-        before = self.state.lanes.get(batch.lane)
-        if before is not None:
-            same_node = before.facts.get("node") == news.facts.get("node")
+        if self._is_up(batch.lane):  # nobody has told that its last process ended
+            same_node = self.state.lanes[batch.lane].facts.get("node") == news.facts.get("node")
             reason = "its process ended" if same_node else "its node was lost"
-            self._record(LaneLost(batch.lane, reason, for_good=False, blames_trials=same_node))
-            for number in sorted(self.state.lanes[batch.lane].suspects):
-                if self.state.deaths.get(number, 0) >= MAX_DEATHS:
-                    self._record(Failed(number, f"the process of its lane died {MAX_DEATHS} times while training it"))
+            self._lane_is_down(batch.lane, reason, blames_trials=same_node)
         self._record(LaneUp(batch.lane, batch.process, news.slots, news.facts))
+
+    def _lane_is_down(self, name: str, reason: str, *, blames_trials: bool) -> None:
+        self._record(LaneLost(name, reason, for_good=False, blames_trials=blames_trials))
+        for number in sorted(self.state.lanes[name].suspects):
+            if self.state.deaths.get(number, 0) >= MAX_DEATHS:
+                self._record(Failed(number, f"the process of its lane died {MAX_DEATHS} times while training it"))
+
+    def _is_up(self, name: str) -> bool:
+        lane = self.state.lanes.get(name)
+        return lane is not None and lane.up
 
     def _take_back(self, news: Return) -> None:
         for number, checkpoint in sorted(news.checkpoints.items()):
@@ -217,14 +225,19 @@ class SearchController:
         lanes = self.state.lanes
         queued = self.state.numbers("queued")
         suspects = set().union(*(lane.suspects for lane in lanes.values()))
+        # a lane that is down may never find room again, so that others take its suspects when they are idle
+        stranded = set().union(*(lane.suspects for lane in lanes.values() if not lane.up))
+        up = [name for name, lane in lanes.items() if lane.up]
         is_asked = False  # what `_next` says holds for every lane
-        for name in sorted(lanes, key=lambda name: (len(lanes[name].trials), len(name), name)):
+        for name in sorted(up, key=lambda name: (len(lanes[name].trials), len(name), name)):
             lane = lanes[name]
             number = None
             if lane.suspects:
                 number = None if lane.trials else min(queued & lane.suspects, default=None)
             elif len(lane.trials) < lane.slots and not is_asked:
                 number, is_asked = self._next(queued - suspects), True
+            if number is None and not lane.trials:
+                number = min(queued & stranded, default=None)
             if number is not None:
                 return name, number
         return None

@@ -57,7 +57,7 @@ class Forecaster:
         if state.lanes and self._up_at is None:
             self._up_at, self._done_before = now, done
         steps_left, reports_left = self._left(state, past)
-        n_lanes = sum(lane.lost is None for lane in state.lanes.values())
+        n_lanes = sum(lane.up for lane in state.lanes.values())
         seconds = self._seconds(state, now, done, steps_left, reports_left)
         return Forecast(done, steps_left, reports_left, None if seconds is None or not n_lanes else seconds / n_lanes)
 

@@ -74,6 +74,15 @@ class Return:
 
 
 @dataclass(frozen=True)
+class Gone:
+    """News that the lane's process has ended. Another one follows, as soon as there is room for it."""
+
+    reason: str
+    node_lost: bool
+    """True if its node is gone too, so that no trial may have killed it."""
+
+
+@dataclass(frozen=True)
 class Lost:
     """News that the lane is gone for good."""
 
@@ -93,8 +102,11 @@ class Pulse:
     memory_mib: float
     """Peak memory of the process, or of its GPU."""
 
+    loading: str | None = None
+    """What the lane does before it can train, in words; None afterwards."""
 
-News = Ready | Report | Failure | Return | Lost
+
+News = Ready | Report | Failure | Return | Gone | Lost
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,21 @@
 """Works out what a search will do before it starts: data, budget, lanes and memory."""
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from raylora.base.architecture import Architecture
 from raylora.base.load import compute_dtype, is_quantized
-from raylora.base.locate import find_checkpoint, load_model_config, load_tokenizer
+from raylora.base.locate import check_directory, find_checkpoint, is_hub_id, load_model_config, load_tokenizer
 from raylora.config.kinds import corners
-from raylora.config.schema import SearchConfig
+from raylora.config.schema import BaseModelSection, SearchConfig
 from raylora.data.prepare import PreparedData, prepare_data
 from raylora.data.read import check_sources, hub_commit
-from raylora.errors import DeviceError
+from raylora.errors import BaseModelError, ConfigError, DeviceError
 from raylora.run.directory import RunDirectory
 from raylora.search.warnings import warnings
 from raylora.training.memory import MemoryEstimate, adapter_parameters, estimate_memory, tokens_per_pass
@@ -26,6 +31,9 @@ class Devices:
     where: str
     node_cpus: int
     """CPU cores of the largest node; no process can have more."""
+
+    may_grow: bool = False
+    """True if GPUs may come later, as on a cluster."""
 
     memory_mib: float | None = None
     """Memory of one lane's device in MiB; None if it is not known before the lane starts."""
@@ -59,6 +67,9 @@ class Plan:
     model_type: str
     """transformers' name of the base's architecture."""
 
+    needed: tuple[Path, ...]
+    """Files and folders that lanes need: tokens, and the base if it lies in this machine's files."""
+
     notes: list[str]
     """Sentences on what is not adapted, and on what will disappoint."""
 
@@ -70,6 +81,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         RayloraError: something would keep the search from running.
     """
     on_gpu, n_lanes = plan_lanes(config, devices)
+    forwarded(config.search.forward_env)
     check_sources(config.data)  # the Hub, which may be asked next, can keep one waiting
     cache_dir = run.cache(config)
     checkpoint = find_checkpoint(config.base_model, cache_dir)
@@ -124,8 +136,40 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         memory=memory,
         hidden_size=text.hidden_size,
         model_type=text.model_type,
+        needed=_needed(config.base_model, data.tokens_dir),
         notes=architecture.notes() + expectations,
     )
+
+
+def _needed(section: BaseModelSection, tokens_dir: Path) -> tuple[Path, ...]:
+    """Return what lanes need and may not see on their nodes: tokens, and the base if it is in the files of this one.
+
+    A base of the Hub that was not downloaded here is left out: each node downloads it for itself.
+
+    Args:
+        section: the base model, at a commit.
+        tokens_dir: folder of tokenized rows.
+    """
+    if not is_hub_id(section.name) or Path(section.name).exists():
+        return tokens_dir, Path(os.path.abspath(Path(section.name).expanduser()))
+    try:
+        snapshot = Path(snapshot_download(section.name, revision=section.revision, local_files_only=True))
+        check_directory(snapshot)
+    except (LocalEntryNotFoundError, BaseModelError):
+        return (tokens_dir,)
+    return tokens_dir, snapshot
+
+
+def forwarded(names: list[str]) -> dict[str, str]:
+    """Return variables of this process's environment.
+
+    Raises:
+        ConfigError: one is not set.
+    """
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigError(f"search.forward_env names {', '.join(missing)}, which is not set here; export it first")
+    return {name: os.environ[name] for name in names}
 
 
 def _check_memory(memory: MemoryEstimate, architecture: Architecture, devices: Devices) -> None:
@@ -159,15 +203,23 @@ def pinned(config: SearchConfig, *, base_commit: str | None, data_commit: str | 
 def plan_lanes(config: SearchConfig, devices: Devices) -> tuple[bool, int]:
     """Return whether lanes use GPUs, and how many lanes there are.
 
+    On a cluster, which may grow, lanes that are demanded on a named device may be more than there is room for now.
+
     Raises:
         DeviceError: a GPU is demanded and there is none, or more lanes are demanded than there are devices.
     """
-    if config.device == "cuda" and not devices.n_gpus:
-        raise DeviceError(f"device is cuda, and {devices.where} has no GPU; `raylora doctor` says what torch sees")
-    on_gpu = config.device != "cpu" and devices.n_gpus > 0
     wanted = config.search.lanes
+    may_wait = devices.may_grow and config.device != "auto" and wanted is not None
+    if devices.may_grow and config.device != "cpu" and not devices.n_gpus and not may_wait:
+        raise DeviceError(
+            f"{devices.where} has no GPU now; `--device cuda --search.lanes N` waits for N of them, and `--device cpu` "
+            "trains without"
+        )
+    if config.device == "cuda" and not devices.n_gpus and not may_wait:
+        raise DeviceError(f"device is cuda, and {devices.where} has no GPU; `raylora doctor` says what torch sees")
+    on_gpu = config.device == "cuda" or (config.device == "auto" and devices.n_gpus > 0)
     kind, available = ("GPU", devices.n_gpus) if on_gpu else ("CPU core", devices.n_cpus)
-    if wanted is not None and wanted > available:
+    if wanted is not None and wanted > available and not may_wait:
         raise DeviceError(f"search.lanes must be at most the {available} {kind}s of {devices.where}, found {wanted}")
     default = devices.n_gpus if on_gpu else 1
     return on_gpu, min(wanted or default, config.n_trials())

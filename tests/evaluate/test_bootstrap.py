@@ -39,3 +39,9 @@ def test_answers_without_a_word_in_common_have_an_interval_too() -> None:
     texts, references = ["xx yy"] * 3, [["a b"]] * 3
     intervals = score_intervals(texts, references, score_rows(texts, references))
     assert intervals["bleu"] == intervals["chrf"] == [0.0, 0.0]
+
+
+def test_answers_of_which_some_draws_share_nothing_with_their_references() -> None:
+    intervals = score_intervals(["the cat", "xx", "yy"], [["the cat"], ["qqq"], ["zzz"]], [{}, {}, {}])
+    low, high = intervals["chrf"]
+    assert 0.0 <= low < high <= 100.0

@@ -58,7 +58,7 @@ def test_a_lane_that_cannot_pack_says_why() -> None:
 def test_a_lost_lane_is_named() -> None:
     lane = LaneUp("0", 1, 1, {})
     assert shown(SESSION, lane, LaneLost("0", "its process ended", for_good=False, blames_trials=True)) == [
-        "lane 0: its process ended; it is up again"
+        "lane 0: its process ended; its trials wait for a free slot"
     ]
     assert shown(SESSION, lane, LaneLost("0", "node died", for_good=True, blames_trials=False)) == [
         "lane 0: node died; its output is in logs"

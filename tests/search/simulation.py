@@ -9,7 +9,7 @@ from raylora.config.schema import SearchConfig
 from raylora.run.directory import RunDirectory
 from raylora.run.events import EventLog, read_events
 from raylora.search.controller import SearchController
-from raylora.search.messages import Batch, Failure, Leave, Lost, News, Order, Ready, Report, Return, Start
+from raylora.search.messages import Batch, Failure, Gone, Leave, Lost, News, Order, Ready, Report, Return, Start
 from tests.helpers import metrics
 
 RUNGS = [3, 9, 27]
@@ -121,6 +121,11 @@ class Simulation:
         """The process of a lane dies, and another one comes up."""
         lane.process, lane.round, lane.trials = lane.process + 1, 0, {}
         self.say(lane, [Ready(self.slots, {"node": node})])
+
+    def end(self, lane: SimulatedLane, *, node_lost: bool) -> None:
+        """The process of a lane dies, and no other one finds room; `restart` brings the lane back."""
+        lane.process, lane.round, lane.trials = lane.process + 1, 0, {}
+        self.say(lane, [Gone("made up", node_lost=node_lost)])
 
     def lose(self, lane: SimulatedLane) -> None:
         """A lane is gone for good."""

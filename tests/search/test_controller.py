@@ -284,6 +284,33 @@ def test_a_process_that_comes_back_on_another_node_blames_nobody(start: Start) -
     assert simulation.controller.state.deaths == {}
 
 
+def test_trials_of_a_lost_node_go_on_elsewhere_before_their_lane_is_back(start: Start) -> None:
+    simulation = start(n_lanes=2, slots=4)
+    gone, other = simulation.lanes["0"], simulation.lanes["1"]
+    numbers = set(gone.trials)
+    simulation.end(gone, node_lost=True)
+    for _ in range(RUNGS[0]):
+        simulation.step(other)
+    assert set(other.trials) & numbers
+    assert simulation.controller.state.deaths == {}
+    simulation.restart(gone)
+    assert gone.trials
+    simulation.finish()
+    simulation.check()
+
+
+def test_suspects_of_a_lane_that_finds_no_room_are_trained_by_an_idle_one(start: Start) -> None:
+    simulation = start(n_lanes=2, slots=2)
+    gone = simulation.lanes["0"]
+    suspects = set(gone.trials)
+    simulation.end(gone, node_lost=False)
+    assert simulation.controller.state.lanes["0"].suspects == suspects
+    assert not set(simulation.lanes["1"].trials) & suspects
+    simulation.finish()
+    assert simulation.controller.done
+    simulation.check()
+
+
 def test_a_lost_lanes_trials_go_to_another(start: Start) -> None:
     simulation = start(n_lanes=2, slots=2)
     lost = simulation.lanes["0"]
@@ -347,7 +374,19 @@ def test_a_lane_that_comes_up_later_takes_part(start: Start) -> None:
 ACTIONS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["step", "step", "step", "step", "restart", "move", "lose", "fail", "give back", "fault", "again", "kill"]
+            [
+                *["step"] * 4,
+                "restart",
+                "move",
+                "die",
+                "node lost",
+                "lose",
+                "fail",
+                "give back",
+                "fault",
+                "again",
+                "kill",
+            ]
         ),
         st.integers(0, 5),
     ),
@@ -379,18 +418,21 @@ def test_whatever_happens_no_trial_is_lost_doubled_or_trained_for_ever(
             simulation.restart(lane)
         elif what == "move":
             simulation.restart(lane, node=f"node {which}")
+        elif what in ("die", "cut"):
+            simulation.end(lane, node_lost=what == "cut")
         elif what == "lose":
             simulation.lose(lane)
         elif what == "again" and lane.last is not None:
             assert simulation.controller.handle(lane.last) == {}
         elif numbers and what == "fail":
             simulation.fail(lane, numbers[which % len(numbers)])
-        elif numbers and what in ("give back", "fault"):
+        elif numbers and what in ("return", "fault"):
             simulation.give_back(lane, numbers[which % len(numbers) :], machine_fault=what == "fault")
         simulation.check()
     if simulation.controller.over:
         simulation.kill()
         simulation.begin()
+    simulation.restart(next(iter(simulation.lanes.values())))  # one lane that is up is enough
     simulation.finish()
     simulation.check()
     assert simulation.controller.error is None

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from raylora.search.messages import Batch, Lost, Order, Pulse
+from raylora.search.messages import Batch, Gone, Lost, Order, Pulse
 
 
 @dataclass
@@ -75,10 +75,10 @@ class Broker:
         orders, box.orders = box.orders, []
         return box.answered, orders
 
-    async def lose(self, lane: str, reason: str) -> None:
-        """Say that a lane is gone for good."""
+    async def end(self, lane: str, news: Gone | Lost) -> None:
+        """Say for a lane that its process has ended; one that lives on beyond a broken network gets no more orders."""
         process = await self.connect(lane)
-        await self.post(Batch(lane, process, 1, [Lost(reason)]))
+        await self.post(Batch(lane, process, 1, [news]))
 
     async def beat(self, lane: str, pulse: Pulse) -> None:
         """Keep a lane's newest pulse; nobody waits for it."""

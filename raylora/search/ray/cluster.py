@@ -84,6 +84,7 @@ def call_on_device(
     on_gpu: bool,
     n_cpus: int,
     waiting: Callable[[], None],
+    provide: Callable[[], None] | None = None,
 ) -> Any:
     """Call a function in a process of its own, where a lane could be, and return its result.
 
@@ -93,17 +94,22 @@ def call_on_device(
         on_gpu: reserve a GPU.
         n_cpus: reserve so many CPUs without a GPU; Ray gives the process as many threads.
         waiting: called again and again meanwhile.
+        provide: from `share_files`; called in that process first.
     """
     remote = ray.remote(num_cpus=1, num_gpus=1) if on_gpu else ray.remote(num_cpus=n_cpus)
-    result = remote(_call_watched).remote(function, run)
+    result = remote(_call_watched).remote(function, run, provide)
     while not ray.wait([result], timeout=0.5)[0]:
         waiting()
     return ray.get(result)
 
 
-def _call_watched(function: Callable[[RunDirectory], Any], run: RunDirectory) -> Any:
+def _call_watched(
+    function: Callable[[RunDirectory], Any], run: RunDirectory, provide: Callable[[], None] | None
+) -> Any:
     """Call a function, and let its loops say how far they are."""
     with watched(run.activity_file):
+        if provide is not None:
+            provide()
         return function(run)
 
 
@@ -119,7 +125,7 @@ def cluster_devices() -> Devices:
     resources = ray.cluster_resources()
     n_gpus = max(int(resources.get("GPU", 0)), _autoscaled_gpus(Path("~/ray_bootstrap_config.yaml").expanduser()))
     node_cpus = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
-    return Devices(n_gpus, int(resources.get("CPU", 1)), "the cluster", node_cpus=node_cpus)
+    return Devices(n_gpus, int(resources.get("CPU", 1)), "the cluster", node_cpus=node_cpus, may_grow=True)
 
 
 def _autoscaled_gpus(bootstrap_file: Path) -> int:

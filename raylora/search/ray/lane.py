@@ -5,7 +5,8 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import ray
 import ray.train
 import torch
 from ray.actor import ActorHandle
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from raylora.config.schema import SearchConfig
-from raylora.errors import RunDirectoryError
+from raylora.errors import RunDirectoryError, first_line
 from raylora.quiet import quiet_libraries
+from raylora.run.activity import Activity, heard, tell
 from raylora.run.directory import RunDirectory
-from raylora.search.messages import Batch, News, Order, Pulse, Ready
-from raylora.search.plan import Plan
+from raylora.search.messages import Batch, Gone, Lost, News, Order, Pulse, Ready
+from raylora.search.plan import Plan, forwarded
 from raylora.search.serve import Engine, describe_failure, serve_one, serve_pack
 from raylora.training.choose import load_engine
 from raylora.training.memory import MemoryEstimate
@@ -52,11 +54,27 @@ class LaneSettings:
     threads: int
     """CPU threads for torch; unset, lanes on one machine would fight for all cores."""
 
+    provide: Callable[[], None] | None = None
+    """Copies what only the driver's node has to the lane's; None where there is one node."""
+
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+    """Variables of the user's environment that `search.forward_env` names. They may be secrets, so they travel in this
+    object alone: not in Ray's runtime environments, which its logs and dashboard show."""
+
     load_engine: Callable[..., Engine | PackedEngine] = load_engine
 
 
-def lane_settings(run: RunDirectory, plan: Plan, broker: ActorHandle) -> list[LaneSettings]:
-    """Return the settings of each lane of a plan."""
+def lane_settings(
+    run: RunDirectory, plan: Plan, broker: ActorHandle, provide: Callable[[], None] | None = None
+) -> list[LaneSettings]:
+    """Return the settings of each lane of a plan.
+
+    Args:
+        run: the run directory.
+        plan: the plan.
+        broker: from `start_broker`.
+        provide: from `share_files`, on a cluster.
+    """
     first = LaneSettings(
         name="0",
         broker=broker,
@@ -67,6 +85,8 @@ def lane_settings(run: RunDirectory, plan: Plan, broker: ActorHandle) -> list[La
         memory=plan.memory,
         on_gpu=plan.on_gpu,
         threads=plan.threads,
+        provide=provide,
+        environment=forwarded(plan.config.search.forward_env),
     )
     return [replace(first, name=str(index)) for index in range(plan.n_lanes)]
 
@@ -89,9 +109,28 @@ def lane_trainer(settings: LaneSettings) -> TorchTrainer:
             name=f"lane-{settings.name}-{time.time_ns()}",
             storage_path=str(settings.run_path / "logs" / "train"),
             failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+            callbacks=[_Obituary(settings.name, settings.broker)],
             worker_runtime_env={} if settings.on_gpu else {"env_vars": _openmp()},
         ),
     )
+
+
+class _Obituary(UserCallback):
+    """Tells the broker that a lane's process has ended, before Ray Train looks for room for another.
+
+    Args:
+        lane: name of the lane.
+        broker: from `start_broker`.
+    """
+
+    def __init__(self, lane: str, broker: ActorHandle) -> None:
+        self._lane, self._broker = lane, broker
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        error = next(iter(worker_exceptions.values()))
+        lost = "node" in first_line(error)  # Ray: "The actor died because its node has died."
+        reason = "its node was lost" if lost else f"its process ended ({describe_failure(error)})"
+        ray.get(self._broker.end.remote(self._lane, Gone(reason, node_lost=lost)))
 
 
 def _openmp() -> dict[str, str]:
@@ -106,19 +145,13 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
     quiet_libraries()
     torch.set_num_threads(settings.threads)
     _forget_process_group()
+    os.environ.update(settings.environment)
     run = RunDirectory(settings.run_path)
     try:
-        _check_shared(settings.tokens_dir)
-        engine = settings.load_engine(
-            settings.config,
-            tokens_dir=settings.tokens_dir,
-            cache_dir=run.cache(settings.config),
-            device="cuda:0" if settings.on_gpu else "cpu",
-            slots=settings.slots,
-            memory=settings.memory,
-        )
+        with heard(partial(_tell_broker, settings)):
+            engine = _load(settings, run)
     except Exception as error:  # whatever keeps the base from loading would do so again: no restart
-        ray.get(settings.broker.lose.remote(settings.name, describe_failure(error)))
+        ray.get(settings.broker.end.remote(settings.name, Lost(describe_failure(error))))
         return
     # all that lives now lives for ever; without it a collection between trials takes 0.4 s to walk the libraries
     gc.freeze()
@@ -130,12 +163,31 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
         serve_one(engine, link, run, ready)
 
 
-def _check_shared(tokens_dir: Path) -> None:
-    if not tokens_dir.is_dir():
+def _load(settings: LaneSettings, run: RunDirectory) -> Engine | PackedEngine:
+    """Load the base, once this node has all that is needed."""
+    if not run.config_file.is_file():
         raise RunDirectoryError(
-            f"node {socket.gethostname()} does not see {tokens_dir}; the run directory must lie on storage that all "
+            f"node {socket.gethostname()} does not see {run.path}; the run directory must lie on storage that all "
             "nodes share"
         )
+    if settings.provide is not None:
+        settings.provide()
+    tell("loading the base", 0, 1)
+    return settings.load_engine(
+        settings.config,
+        tokens_dir=settings.tokens_dir,
+        cache_dir=run.cache(settings.config),
+        device="cuda:0" if settings.on_gpu else "cpu",
+        slots=settings.slots,
+        memory=settings.memory,
+    )
+
+
+def _tell_broker(settings: LaneSettings, activity: Activity) -> None:
+    """Send a pulse of a lane that cannot train yet."""
+    how_far = f": {activity.done:,} of {activity.total:,}" if activity.total > 1 else ""
+    pulse = Pulse({}, 0.0, 0.0, loading=f"{activity.what}{how_far}")
+    settings.broker.beat.remote(settings.name, pulse)
 
 
 class BrokerLink:

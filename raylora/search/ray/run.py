@@ -20,7 +20,7 @@ from raylora.run.atomic import write_json
 from raylora.run.directory import RunDirectory
 from raylora.run.state import SearchState
 from raylora.search.controller import SearchController
-from raylora.search.messages import Pulse
+from raylora.search.messages import Lost, Pulse
 from raylora.search.ray.broker import Broker
 from raylora.search.ray.lane import LaneSettings, lane_trainer
 from raylora.search.ray.searcher import LaneSearcher
@@ -197,7 +197,7 @@ def _start_lane(settings: LaneSettings, ending: threading.Event) -> threading.Th
             if ending.is_set():
                 return  # Ray may be gone, and a call to it would end the process with exit code 1
             cause = next(iter(getattr(error, "worker_failures", {}).values()), error)
-            ray.get(settings.broker.lose.remote(settings.name, describe_failure(cause)))
+            ray.get(settings.broker.end.remote(settings.name, Lost(describe_failure(cause))))
 
     thread = threading.Thread(target=run, name=f"lane-{settings.name}", daemon=True)
     thread.start()

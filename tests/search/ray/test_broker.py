@@ -90,7 +90,7 @@ def test_a_lost_lane_is_news() -> None:
     async def scenario() -> None:
         broker = Broker()
         await broker.connect("0")
-        await broker.lose("0", "node died")
+        await broker.end("0", Lost("node died"))
         assert await broker.news("0", 0) == (1, [Batch("0", 2, 1, [Lost("node died")])])
 
     run(scenario())
