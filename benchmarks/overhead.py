@@ -23,7 +23,8 @@ from raylora.quiet import quiet_libraries
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
 from raylora.run.metrics import RungMetrics
-from raylora.run.state import SearchState, TrialRow
+from raylora.run.state import SearchState
+from raylora.run.trial_row import TrialRow
 from raylora.search.plan import plan_lanes
 from raylora.search.ray.cluster import local_devices
 from raylora.training.trl import TrlEngine

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from raylora.cli.command import FAILED, command, console, run_command
+from raylora.machine import cpu_limit, free_memory, memory_limit
 from raylora.run.provenance import PACKAGES
 
 GIB = 2**30
@@ -163,6 +164,16 @@ def check_gpu() -> Finding:
     return Finding(True, "no GPU: trials train on the CPU, one lane by default")
 
 
+def check_limits() -> Finding:
+    """Say what memory and CPUs this process may use, and which control group says so."""
+    memory, cpus = memory_limit(), cpu_limit()
+    return Finding(
+        True,
+        f"memory {memory.amount / GIB:.1f} GiB, of which {free_memory() / GIB:.1f} are free (by {memory.source}); "
+        f"CPUs {cpus.amount:g} (by {cpus.source})",
+    )
+
+
 def check_quantization() -> Finding:
     """Check that bitsandbytes quantizes to NF4 and back on the device that trains."""
     import bitsandbytes  # noqa: PLC0415
@@ -204,6 +215,7 @@ def check_disk() -> Finding:
 CHECKS: tuple[Callable[[], Finding], ...] = (
     check_python,
     check_packages,
+    check_limits,
     check_gpu,
     check_quantization,
     check_ray,

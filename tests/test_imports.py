@@ -28,7 +28,7 @@ ORDER = (
 ENTRY_POINTS = {"compare", "doctor", "init", "status", "testing", "trial"}
 """Top-level modules that are commands; they and `__main__.py` files may import anything, and nobody imports them."""
 
-FOUNDATIONS = {"errors", "quiet"}
+FOUNDATIONS = {"errors", "machine", "quiet"}
 """Top-level modules that every folder may import."""
 
 HEAVY = ("torch", "ray", "transformers", "peft", "trl", "datasets", "bitsandbytes", "optuna")

@@ -1,6 +1,5 @@
 """Goes from settings to a checked merged model: search, merge, held-out check and report."""
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from rich.console import Console
 from raylora.config.load import dump_config
 from raylora.config.schema import SearchConfig
 from raylora.evaluate.heldout import evaluate_run
+from raylora.machine import n_cpus
 from raylora.merge.gate import check_tolerance
 from raylora.merge.run import merge_run, save_best_adapter
 from raylora.quiet import output_into
@@ -171,5 +171,5 @@ def _facts(plan: Plan) -> dict[str, object]:
         "hidden_size": plan.hidden_size,
         "model_type": plan.model_type,
         "seed": plan.config.search.seed,
-        "n_cpus": os.cpu_count(),
+        "n_cpus": n_cpus(),
     }

@@ -50,12 +50,16 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @contextmanager
 def bad_row_to(on_bad_row: OnBadRow) -> Iterator[None]:
-    """Give the error of a row to `on_bad_row`, and go on."""
+    """Give the error of a row to `on_bad_row`, and go on.
+
+    Raises:
+        DataError: there is no `on_bad_row`; the message names the setting that leaves such rows out.
+    """
     try:
         yield
     except DataError as error:
         if on_bad_row is None:
-            raise
+            raise DataError(f"{error}; `data.bad_rows: drop` leaves such rows out") from error
         on_bad_row(error)
 
 

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from raylora.errors import ConfigError, MergeError, first_line
+from raylora.machine import n_cpus
 from raylora.run.lock import made_once
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -126,7 +127,7 @@ def _quantize_in_process(source: Path, output: Path, file_type: str) -> str | No
 
     llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = FILE_TYPES[file_type], len(os.sched_getaffinity(0))
+    settings.ftype, settings.nthread = FILE_TYPES[file_type], n_cpus()
     code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(settings))
     return f"code {code}" if code else None
 

@@ -5,6 +5,7 @@ rsLoRA, DoRA, trained biases and whole trained modules have the meaning that the
 """
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -13,8 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -217,11 +217,25 @@ def _allocate_trained(model: PeftModel) -> None:
                 setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
 
 
-def read_tensors(adapter: Path) -> dict[str, torch.Tensor]:
-    """Read an adapter's tensors, and check that all values are finite."""
+def read_tensors(adapter: Path, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors, and check that all values are finite.
+
+    Args:
+        adapter: directory that peft wrote.
+        names: tensors to read, where the adapter has them; None reads all.
+
+    Raises:
+        MergeError: the file cannot be read, or a value is not finite.
+    """
     try:
         safe = adapter / SAFETENSORS_WEIGHTS_NAME
-        tensors = load_file(safe) if safe.is_file() else torch.load(adapter / WEIGHTS_NAME, weights_only=True)
+        if safe.is_file():
+            with safe_open(safe, "pt") as file:
+                wanted = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in wanted}
+        else:
+            stored = torch.load(adapter / WEIGHTS_NAME, weights_only=True)
+            tensors = {name: tensor for name, tensor in stored.items() if names is None or name in names}
     except (OSError, SafetensorError, RuntimeError) as error:
         raise MergeError(f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME} that can be read: {error}") from error
     for name, tensor in tensors.items():

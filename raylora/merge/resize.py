@@ -51,9 +51,9 @@ def resized_base(base: BaseModelSection, adapter: Path, cache_dir: Path) -> Base
 
 def _saved_embeddings(adapter: Path, base: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the whole embeddings that an adapter has: module of the base -> weight, (n_embeddings, dim)."""
-    tensors, saved = read_tensors(adapter), {}
-    for module in embedding_modules(base):
-        names = [f"{BASE_PREFIX}{module}.{form}" for form in SAVED_AS]
+    forms = {module: [f"{BASE_PREFIX}{module}.{form}" for form in SAVED_AS] for module in embedding_modules(base)}
+    tensors, saved = read_tensors(adapter, {name for names in forms.values() for name in names}), {}
+    for module, names in forms.items():
         if found := [tensors[name] for name in names if name in tensors]:
             saved[module] = found[0]
     return saved

@@ -22,7 +22,8 @@ from raylora.merge.same_base import check_same_base, write_base_file
 from raylora.merge.select import merge_adapter
 from raylora.run.atomic import PREFIX, replacing, write_json
 from raylora.run.directory import RunDirectory
-from raylora.run.state import SearchState, TrialRow
+from raylora.run.state import SearchState
+from raylora.run.trial_row import TrialRow
 
 MERGED_CANDIDATES = 5
 """Trials that are merged if the objective is the loss after the merge. Our choice: a merge takes a minute or more."""

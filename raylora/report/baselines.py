@@ -11,7 +11,7 @@ from raylora.config.learning_rate import rule_learning_rate
 from raylora.report.facts import RunFacts
 from raylora.report.words import change, learning_rate
 from raylora.run.atomic import read_json
-from raylora.run.state import TrialRow
+from raylora.run.trial_row import TrialRow
 
 NEAR_RATE = 1.5
 """Largest factor between the learning rates of a baseline and of a trial that stands for it. Our choice."""

@@ -9,7 +9,8 @@ from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
-from raylora.run.state import ENDED, UNDER_WAY, SearchState, TrialRow
+from raylora.run.state import ENDED, UNDER_WAY, SearchState
+from raylora.run.trial_row import TrialRow
 
 
 @dataclass(frozen=True)

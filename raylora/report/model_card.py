@@ -11,7 +11,8 @@ from raylora.report.rank_vs_loss import rank_vs_loss
 from raylora.report.tables import markdown_table
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
-from raylora.run.state import SearchState, TrialRow
+from raylora.run.state import SearchState
+from raylora.run.trial_row import TrialRow
 
 LOAD = {
     "nf4": 'AutoModelForCausalLM.from_pretrained("{name}")  # needs bitsandbytes',

@@ -13,12 +13,16 @@ from rich.text import Text
 from raylora.config.schema import SearchConfig
 from raylora.run.activity import Activity
 from raylora.run.events import Event, Failed, Finished, LaneLost, LaneUp, Reported, Stopped
-from raylora.run.state import ENDED, STATES, SearchState, TrialRow
+from raylora.run.state import ENDED, STATES, Lane, SearchState
+from raylora.run.trial_row import TrialRow
 from raylora.search.forecast import Forecaster
 from raylora.search.messages import Pulse
 
 MAX_ROWS = 16
 """Trials in the live table: those that train, and the leaders."""
+
+MAX_LANES = 8
+"""Lanes that have a line each in the live view; more of them share one, so that the table stays on the screen."""
 
 SEARCHING = "searching"
 """The activity while trials train."""
@@ -46,7 +50,7 @@ class Progress:
         self._pulses: Mapping[str, Pulse] = {}
         self._began, self._shown_at = time.time(), time.monotonic()
         self._live = (
-            Live(console=console, refresh_per_second=2, get_renderable=self.view, redirect_stdout=False)
+            Live(console=console, refresh_per_second=1, get_renderable=self.view, redirect_stdout=False)
             if console.is_terminal
             else None
         )
@@ -143,21 +147,36 @@ class Progress:
         return (running + leaders + rest)[:MAX_ROWS]
 
     def _lanes(self) -> list[str]:
-        """Return a line for each lane."""
-        lines = []
-        for name, lane in self._state.lanes.items():
-            line = f"lane {name} ({lane.facts.get('device', '?')}): {len(lane.trials)} of {lane.slots} slots"
-            if lane.lost is not None:
-                line = f"lane {name} is lost: {lane.lost}"
-            elif not lane.up:
-                line = f"lane {name} is down, and waits for a node: {lane.down}"
-            elif (pulse := self._pulses.get(name)) is not None:
-                line += f", {pulse.tokens_per_second:,.0f} tokens/s, peak {pulse.memory_mib:,.0f} MiB"
-            lines.append(line)
-        for name, pulse in self._pulses.items():
-            if pulse.loading is not None and name not in self._state.lanes:
-                lines.append(f"lane {name}: {pulse.loading} ... {time.time() - self._began:.0f} s")
-        return lines or [f"waiting for a lane ... {time.time() - self._began:.0f} s"]
+        """Return a line for each lane. Many that are up share one, so that the table stays on the screen."""
+        lanes = self._state.lanes
+        up = {name: lane for name, lane in lanes.items() if lane.up}
+        lines = [
+            self._line(f"lane {name} ({lane.facts.get('device', '?')})", {name: lane}) for name, lane in up.items()
+        ]
+        if len(up) > MAX_LANES:
+            lines = [self._line(f"{len(up)} lanes", up)]
+        others = [
+            f"lane {name} is lost: {lane.lost}"
+            if lane.lost is not None
+            else f"lane {name} is down, and waits for a node: {lane.down}"
+            for name, lane in lanes.items()
+            if not lane.up
+        ]
+        others += [
+            f"lane {name}: {pulse.loading} ... {time.time() - self._began:.0f} s"
+            for name, pulse in self._pulses.items()
+            if pulse.loading is not None and name not in lanes
+        ]
+        return lines + others[:MAX_LANES] or [f"waiting for a lane ... {time.time() - self._began:.0f} s"]
+
+    def _line(self, title: str, lanes: Mapping[str, Lane]) -> str:
+        """Return slots, speed and memory of some lanes together."""
+        n_trials, n_slots = sum(len(lane.trials) for lane in lanes.values()), sum(lane.slots for lane in lanes.values())
+        line = f"{title}: {n_trials} of {n_slots} slots"
+        if pulses := [self._pulses[name] for name in lanes if name in self._pulses]:
+            speed, memory = sum(pulse.tokens_per_second for pulse in pulses), max(pulse.memory_mib for pulse in pulses)
+            line += f", {speed:,.0f} tokens/s, peak {memory:,.0f} MiB"
+        return line
 
     def _steps(self) -> dict[int, int]:
         """Return the step of each running trial that is past its last report."""

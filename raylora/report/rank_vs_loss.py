@@ -9,8 +9,9 @@ import pyarrow.csv
 from raylora.report.tables import markdown_table
 from raylora.run.atomic import replacing, write_text
 from raylora.run.directory import RunDirectory
-from raylora.run.state import ENDED, HistoryRow, TrialRow
+from raylora.run.state import ENDED
 from raylora.run.tables import write_table
+from raylora.run.trial_row import HistoryRow, TrialRow
 
 
 def rank_vs_loss(trials: list[TrialRow], history: list[HistoryRow]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from raylora.report.facts import RunFacts
 from raylora.report.merge_tables import cost_rows, least_kept, merge_rows, verdict
 from raylora.report.rank_vs_loss import short_rows
 from raylora.report.tables import WIDTH, markdown_table, text_block
-from raylora.run.state import TrialRow
+from raylora.run.trial_row import TrialRow
 
 
 def markdown_report(facts: RunFacts, ranks: list[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ class EventLog:
     def append(self, event: Event) -> Event:
         """Return the event with its time; it is on disk after the next `flush`."""
         event = replace(event, time=self._clock())
-        self._lines.append(json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=False) + "\n")
+        self._lines.append(json.dumps({"event": type(event).__name__, **vars(event)}, ensure_ascii=False) + "\n")
         return event
 
     def flush(self) -> None:

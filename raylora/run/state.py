@@ -3,14 +3,12 @@
 Applying an event costs the same however many trials there are. Tables, terminal and decisions read this state only.
 """
 
-import heapq
 import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from raylora.config.assignment import Assignment
 from raylora.run.directory import RunDirectory
 from raylora.run.events import (
     Event,
@@ -28,7 +26,8 @@ from raylora.run.events import (
     Stopped,
     read_events,
 )
-from raylora.run.metrics import RungMetrics
+from raylora.run.totals import Totals
+from raylora.run.trial_row import HistoryRow, TrialRow
 
 UNDER_WAY = ("queued", "running", "paused")
 ENDED = ("finished", "stopped", "failed")
@@ -38,66 +37,7 @@ TIMES = ("train_seconds", "eval_seconds", "other_seconds")
 """Metrics that count from the last report; tables sum them from the trial's start."""
 
 
-@dataclass(frozen=True)
-class HistoryRow(RungMetrics):
-    """One report of one trial; times are summed from the trial's start."""
-
-    number: int
-    reported_at: float
-    """Seconds since 1970."""
-
-
 _HISTORY_COLUMNS = {column.name for column in fields(HistoryRow)}
-
-
-@dataclass(frozen=True)
-class TrialRow:
-    """One trial as it stands; columns of `trials.parquet`, see results/README.md."""
-
-    number: int
-    state: str
-    reason: str | None
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    learning_rate: float
-    target_modules: str
-    use_rslora: bool
-    weight_decay: float
-    warmup_ratio: float
-    lr_scheduler_type: str
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    seed: int
-    step: int
-    max_steps: int
-    eval_loss: float | None
-    train_loss: float | None
-    trainable_parameters: int | None
-    peak_memory_mib: float | None
-    tokens_per_second: float | None
-    train_seconds: float | None
-    eval_seconds: float | None
-    other_seconds: float | None
-    wall_seconds: float | None
-    lane: str | None
-    checkpoint: str | None
-    started_at: float
-    ended_at: float | None
-    repeat_of: int | None = None
-    """Trial whose assignment this one trains again with another seed."""
-
-    segment: int = 0
-    """Stays on lanes so far."""
-
-    def assignment(self) -> Assignment:
-        """Return the trial's hyperparameters."""
-        return Assignment(**{name: getattr(self, name) for name in Assignment.model_fields})
-
-    @property
-    def final_loss(self) -> float:
-        """Validation loss at the full budget, nats per token; infinite for a trial that did not get there."""
-        return self.eval_loss if self.state == "finished" and self.eval_loss is not None else math.inf
 
 
 @dataclass
@@ -145,6 +85,7 @@ class SearchState:
         self.machine_faults = 0
         """Faults of disk, files or devices since any trial's last report."""
 
+        self.totals = Totals()
         self._numbers: dict[str, set[int]] = {state: set() for state in STATES}
         self._repetitions: set[int] = set()
         for event in events:
@@ -201,7 +142,7 @@ class SearchState:
 
     def count(self, state: str) -> int:
         """Count the trials in one state, repetitions aside."""
-        return len(self._numbers[state] - self._repetitions)
+        return len(self._numbers[state]) - len(self._repetitions & self._numbers[state])
 
     def n_proposed(self) -> int:
         """Count all trials, repetitions aside."""
@@ -220,19 +161,18 @@ class SearchState:
         repetitions = self.repetitions()
         if repetitions:
             return min(self.runs_of(repetitions[0]["number"]), key=lambda row: row.final_loss)
-        return next(iter(self.finished()), None)
+        if not self._numbers["finished"]:
+            return None
+        leaders = (self.trials[number] for _, _, number in self.totals.ranking)
+        return next((row for row in leaders if row.final_loss < math.inf), None)
 
     def seconds_per_report(self) -> float:
         """Return the mean time of a report, to validate and to save, in seconds; 0 before the first."""
-        rows = self.trials.values()
-        seconds = sum((row.eval_seconds or 0.0) + (row.other_seconds or 0.0) for row in rows)
-        return seconds / max(1, len(self.history))
+        return self.totals.report_seconds / max(1, len(self.history))
 
     def leaders(self, n: int) -> list[TrialRow]:
         """Return the n assignments that came furthest, and there had the lowest validation loss."""
-        rows = [row for row in self.trials.values() if row.repeat_of is None and row.state != "failed"]
-        known = [(-row.step, row.eval_loss, row.number) for row in rows if row.eval_loss is not None]
-        return [self.trials[number] for _, _, number in heapq.nsmallest(n, known)]
+        return [self.trials[number] for _, _, number in self.totals.ranking[:n]]
 
     def runs_of(self, number: int) -> list[TrialRow]:
         """Return a trial and its repetitions."""
@@ -255,7 +195,9 @@ class SearchState:
         unknown = dict.fromkeys(column.name for column in fields(TrialRow))
         known = {"number": number, "state": "queued", "step": 0, "segment": 0, "max_steps": event.max_steps}
         known |= {"started_at": event.time, "repeat_of": event.repeat_of}
-        self.trials[number] = TrialRow(**{**unknown, **event.assignment, **known})  # type: ignore[arg-type]
+        row = TrialRow(**{**unknown, **event.assignment, **known})  # type: ignore[arg-type]
+        self.trials[number] = row
+        self.totals.replace(None, row)
         self._numbers["queued"].add(number)
         self.params[number], self.resume_from[number] = event.params, None
         if event.repeat_of is not None:
@@ -307,6 +249,7 @@ class SearchState:
     def _change(self, number: int, /, **values: Any) -> None:
         row = self.trials[number]
         self.trials[number] = replace(row, **values)
+        self.totals.replace(row, self.trials[number])
         if "state" in values:
             self._numbers[row.state].discard(number)
             self._numbers[values["state"]].add(number)

@@ -1,7 +1,7 @@
 """Writes the state of a search as Parquet tables: one of trials, one of their reports."""
 
 import time
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import pyarrow.parquet
 
 from raylora.run.atomic import replacing
 from raylora.run.directory import RunDirectory
-from raylora.run.state import HistoryRow, SearchState, TrialRow
+from raylora.run.state import SearchState
+from raylora.run.trial_row import HistoryRow, TrialRow
 
 MIN_SECONDS = 2.0
 """Least time between two writes of the tables while a search runs."""
 
-MAX_SHARE = 0.02
+MAX_SHARE = 0.005
 """Largest share of the time that writing tables may take: long tables are written less often."""
 
 
@@ -40,14 +41,16 @@ class TableWriter:
 
 def write_tables(run: RunDirectory, state: SearchState) -> None:
     """Write `trials.parquet` and `history.parquet`, each at once."""
-    write_table(run.trials_file, [asdict(row) for row in state.trials.values()], TRIALS_SCHEMA)
-    write_table(run.history_file, [asdict(row) for row in state.history], HISTORY_SCHEMA)
+    write_table(run.trials_file, [vars(row) for row in state.trials.values()], TRIALS_SCHEMA)
+    write_table(run.history_file, [vars(row) for row in state.history], HISTORY_SCHEMA)
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     """Write rows as one Parquet file, at once."""
+    # `Table.from_pylist` takes eight times as long
+    columns = {name: [row[name] for row in rows] for name in schema.names}
     with replacing(path) as temporary:
-        pa.parquet.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+        pa.parquet.write_table(pa.table(columns, schema=schema), temporary)
 
 
 def _schema(row_type: type) -> pa.Schema:

@@ -26,7 +26,8 @@ from raylora.run.events import (
     Started,
     Stopped,
 )
-from raylora.run.state import Lane, SearchState, TrialRow
+from raylora.run.state import Lane, SearchState
+from raylora.run.trial_row import TrialRow
 from raylora.search.halving import Halving
 from raylora.search.messages import Batch, Failure, Gone, Leave, Lost, Order, Ready, Report, Return, Start
 from raylora.search.sampler import Sampler
@@ -227,12 +228,14 @@ class SearchController:
         # a lane that is down may never find room again, so that others take its suspects when they are idle
         stranded = set().union(*(lane.suspects for lane in lanes.values() if not lane.up))
         up = [name for name, lane in lanes.items() if lane.up]
+        is_asked = False  # what `_next` says holds for every lane
         for name in sorted(up, key=lambda name: (len(lanes[name].trials), len(name), name)):
             lane = lanes[name]
+            number = None
             if lane.suspects:
                 number = None if lane.trials else min(queued & lane.suspects, default=None)
-            else:
-                number = self._next(queued - suspects) if len(lane.trials) < lane.slots else None
+            elif len(lane.trials) < lane.slots and not is_asked:
+                number, is_asked = self._next(queued - suspects), True
             if number is None and not lane.trials:
                 number = min(queued & stranded, default=None)
             if number is not None:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raylora.config.schema import SearchConfig
-from raylora.run.state import SearchState, TrialRow
+from raylora.run.state import SearchState
+from raylora.run.trial_row import TrialRow
 
 
 @dataclass(frozen=True)
@@ -51,42 +52,41 @@ class Forecaster:
             now: seconds since 1970.
             steps: running trial -> its step, where it is past its last report.
         """
-        at = {number: row.step for number, row in state.trials.items()} | dict(steps or {})
-        done = sum(at.values())
+        past = {number: step - state.trials[number].step for number, step in (steps or {}).items()}
+        done = state.totals.steps + sum(past.values())
         if state.lanes and self._up_at is None:
             self._up_at, self._done_before = now, done
-        steps_left, reports_left = self._left(state, at)
+        steps_left, reports_left = self._left(state, past)
         n_lanes = sum(lane.up for lane in state.lanes.values())
         seconds = self._seconds(state, now, done, steps_left, reports_left)
         return Forecast(done, steps_left, reports_left, None if seconds is None or not n_lanes else seconds / n_lanes)
 
     def _seconds(self, state: SearchState, now: float, done: int, steps: int, reports: int) -> float | None:
         """Return the seconds of a lane that the rest takes: by what reports say, else by the clock."""
-        reported = [row for row in state.trials.values() if row.train_seconds is not None]
-        if not reported:
+        totals = state.totals
+        if not totals.reported_steps:
             if self._up_at is None or done <= self._done_before:
                 return None
             n_lanes = max(1, len(state.lanes))
             return steps * n_lanes * (now - self._up_at) / (done - self._done_before)
-        of_steps = sum(row.train_seconds or 0.0 for row in reported) / sum(row.step for row in reported)
-        return steps * of_steps + reports * state.seconds_per_report()
+        return steps * totals.train_seconds / totals.reported_steps + reports * state.seconds_per_report()
 
-    def _left(self, state: SearchState, at: Mapping[int, int]) -> tuple[int, int]:
+    def _left(self, state: SearchState, past: Mapping[int, int]) -> tuple[int, int]:
         """Return the steps and reports of trials on their way to a rung, and of those that will be admitted to one."""
-        trials = [row for row in state.trials.values() if row.repeat_of is None]
-        on_way = [row for row in state.trials.values() if row.state in ("queued", "running")]
-        steps = sum(max(0, self._goal(row) - at[row.number]) for row in on_way)
+        standing = state.totals.standing
+        on_way = [state.trials[number] for number in state.numbers("queued", "running")]
+        steps = sum(max(0, self._goal(row) - row.step - past.get(row.number, 0)) for row in on_way)
         reports, expected = len(on_way), self._n_trials
         for index, (before, rung) in enumerate(zip([0, *self._rungs], self._rungs, strict=False)):
-            admitted = len(trials)
+            admitted = state.n_proposed()
             if index:
-                waits = sum(row.step == before and row.state in ("queued", "running") for row in trials)
-                admitted = waits + sum(row.step >= rung for row in trials)
+                waits = standing[before, "queued"] + standing[before, "running"]
+                admitted = waits + sum(n for (step, _), n in tuple(standing.items()) if step >= rung)
                 least = self._search.finalists if rung == self._rungs[-1] else 1
                 expected = max(admitted, expected // self._search.reduction_factor, min(expected, least))
             steps += max(0, expected - admitted) * (rung - before)
             reports += max(0, expected - admitted)
-        missing = self._search.repeat_best * self._search.repeats - (len(state.trials) - len(trials))
+        missing = self._search.repeat_best * self._search.repeats - (len(state.trials) - state.n_proposed())
         return steps + max(0, missing) * self._rungs[-1], reports + max(0, missing)
 
     def _goal(self, row: TrialRow) -> int:

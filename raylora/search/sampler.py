@@ -6,6 +6,7 @@ with a violated constraint, which TPE ranks below every feasible trial; one that
 """
 
 import hashlib
+from collections.abc import Container
 from typing import Any
 
 import optuna
@@ -15,7 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 from raylora.config.assignment import Assignment
 from raylora.config.schema import SearchConfig
 from raylora.config.space import SearchSpace
-from raylora.run.state import SearchState, TrialRow
+from raylora.run.state import SearchState
+from raylora.run.trial_row import TrialRow
 
 FAILED = "trained_without_failing"
 """Name of the constraint; above 0 means violated."""
@@ -65,8 +67,7 @@ class Sampler:
         Returns:
             The assignment, and the sampled values under Optuna's names.
         """
-        study = optuna.create_study(direction="minimize", sampler=self._sampler(number))
-        study.add_trials(self._shown())
+        study = optuna.create_study(storage=_Shown(self._shown()), direction="minimize", sampler=self._sampler(number))
         index = self._state.n_proposed()
         if index < len(self._points):
             study.enqueue_trial(self._space.to_optuna(self._points[index], where=f"starting point {index + 1}"))
@@ -91,11 +92,9 @@ class Sampler:
         """Return the trials that the sampler looks at, oldest first."""
         if self._search.sampler != "tpe":
             return []
-        numbers = list(self._state.trials)
-        if len(numbers) > MAX_SHOWN:
-            n_best = MAX_SHOWN // 10
-            best = [row.number for row in self._state.leaders(n_best)]
-            numbers = sorted({*best, *numbers[n_best - MAX_SHOWN :]})
+        n_trials, n_best = len(self._state.trials), MAX_SHOWN // 10
+        best = [row.number for row in self._state.leaders(n_best)] if n_trials > MAX_SHOWN else []
+        numbers = sorted({*best, *range(max(0, n_trials + len(best) - MAX_SHOWN), n_trials)})
         for row in self._state.history[self._n_seen :]:
             self._losses.setdefault(row.number, {})[row.step] = row.eval_loss
         self._n_seen = len(self._state.history)
@@ -106,9 +105,28 @@ class Sampler:
         if known is None or known[0] is not row:
             params = self._state.params[row.repeat_of if row.repeat_of is not None else row.number]
             losses = self._losses.get(row.number, {})
-            known = row, frozen_trial(row, params, distributions(self._space, params), losses)
+            kinds = known[1].distributions if known else distributions(self._space, params)
+            known = row, frozen_trial(row, params, kinds, losses)
             self._known[row.number] = known
         return known[1]
+
+
+class _Shown(optuna.storages.InMemoryStorage):
+    """Optuna's storage of one proposal. `Study.add_trials` would copy each known trial deeply, which took 90 % of it.
+
+    Args:
+        known: trials that the sampler looks at, oldest first; the new trial is number 0, and they must not be.
+    """
+
+    def __init__(self, known: list[FrozenTrial]) -> None:
+        super().__init__()
+        self._known = known
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        known = [trial for trial in self._known if states is None or trial.state in states]
+        return known + super().get_all_trials(study_id, deepcopy, states)
 
 
 def frozen_trial(
@@ -122,7 +140,7 @@ def frozen_trial(
         kinds: distribution of each of them.
         losses: step -> validation loss in nats per token.
     """
-    return optuna.trial.create_trial(
+    trial = optuna.trial.create_trial(
         state=STATES[row.state],
         value=row.eval_loss if row.state == "finished" else None,
         params=params,
@@ -130,6 +148,8 @@ def frozen_trial(
         intermediate_values=losses,
         constraints={FAILED: 1.0} if row.state == "failed" else None,
     )
+    trial.number = row.number + 1  # the sampler sorts by it; 0 is the trial that it proposes
+    return trial
 
 
 def distributions(space: SearchSpace, params: dict[str, Any]) -> dict[str, BaseDistribution]:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import psutil
 import torch
 from transformers import PretrainedConfig
 
 from raylora.base.architecture import Architecture
 from raylora.config.schema import SearchSection
+from raylora.machine import free_memory
 
 MIB = 2**20
 """Bytes of a MiB."""
@@ -164,10 +164,10 @@ class MemoryEstimate:
 
 
 def free_memory_mib(device: str) -> float:
-    """Return the free memory in MiB: of the GPU, or of this machine for `cpu`."""
+    """Return the free memory in MiB: of the GPU, or for `cpu` what this process may still take."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0] / MIB
-    return psutil.virtual_memory().available / MIB
+    return free_memory() / MIB
 
 
 def adapter_parameters(shapes: dict[str, tuple[int, int]], r: int) -> int:

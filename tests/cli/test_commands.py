@@ -1,6 +1,7 @@
 """Override parsing, the doctor, the console script and a single trial."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from raylora.cli.command import parse_overrides, split_arguments
 from raylora.config.load import dump_config
 from raylora.config.schema import SearchConfig
 from raylora.errors import ConfigError
+from raylora.machine import Limit
 
 
 def test_both_forms_of_overrides_are_read() -> None:
@@ -33,6 +35,30 @@ def test_every_step_is_a_subcommand_with_help(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    ("shell", "typed"),
+    [
+        ("bash", {"COMP_WORDS": "raylora s", "COMP_CWORD": "1"}),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "raylora s"}),
+        ("fish", {"_TYPER_COMPLETE_ARGS": "raylora s", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}),
+    ],
+)
+def test_a_shell_completes_the_subcommands(shell: str, typed: dict[str, str]) -> None:
+    # as the script that `raylora --install-completion` leaves for the shell asks
+    asked = CliRunner().invoke(app, [], prog_name="raylora", env={"_RAYLORA_COMPLETE": f"complete_{shell}", **typed})
+    assert asked.exit_code == 0
+    assert {name for name in ("search", "status", "doctor", "init") if re.search(rf"\b{name}\b", asked.output)} == {
+        "search",
+        "status",
+    }
+
+
+def test_the_completion_script_is_that_of_the_console_script() -> None:
+    script = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="raylora")
+    assert script.exit_code == 0
+    assert "_RAYLORA_COMPLETE=complete_bash" in script.output
 
 
 def test_a_first_argument_may_be_left_out() -> None:
@@ -88,6 +114,15 @@ def test_the_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "torch sees no GPU" in doctor.check_gpu().text
+
+
+def test_the_doctor_says_whose_limit_memory_and_cpus_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "memory_limit", lambda: Limit(3 * doctor.GIB, "/sys/fs/cgroup/memory.max"))
+    monkeypatch.setattr(doctor, "free_memory", lambda: 2.5 * doctor.GIB)
+    monkeypatch.setattr(doctor, "cpu_limit", lambda: Limit(1.5, "/sys/fs/cgroup/cpu.max"))
+    assert doctor.check_limits().text == (
+        "memory 3.0 GiB, of which 2.5 are free (by /sys/fs/cgroup/memory.max); CPUs 1.5 (by /sys/fs/cgroup/cpu.max)"
+    )
 
 
 def test_the_doctor_says_what_this_machine_trains_and_speaks_json(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import bz2
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 
 import fsspec
@@ -116,6 +117,8 @@ def test_broken_rows_can_be_dropped(name: str, content: str, message: str, tmp_p
     errors: list[DataError] = []
     assert list(read_file(str(tmp_path / name), errors.append)) == [1, 4]
     assert len(errors) == 2 and message in str(errors[0])
+    with pytest.raises(DataError, match=f"{re.escape(message)}.*; `data.bad_rows: drop` leaves such rows out$"):
+        read_file(str(tmp_path / name))
 
 
 def test_json_files_of_lines_are_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from raylora.errors import MergeError
-from raylora.merge.adapter_update import AdapterUpdate
+from raylora.merge.adapter_update import AdapterUpdate, read_tensors
 
 
 def save_adapter(base: PreTrainedModel, directory: Path, **settings: Any) -> None:
@@ -130,3 +130,14 @@ def test_an_adapter_that_needs_a_changed_base_is_refused(adapter: Path, tiny_mod
     file.write_text(file.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
     with pytest.raises(MergeError, match="was initialised by pissa, which changes the base"):
         AdapterUpdate(tmp_path / "pissa", AutoConfig.from_pretrained(tiny_model))
+
+
+def test_of_a_large_adapter_only_the_named_tensors_are_read(tmp_path: Path) -> None:
+    whole = {"head": torch.ones(2, 2), "factor": torch.full((2, 2), torch.nan)}
+    save_file(whole, tmp_path / "adapter_model.safetensors")
+    assert read_tensors(tmp_path, {"head", "other"}).keys() == {"head"}  # the factor is not looked at
+    with pytest.raises(MergeError, match=r"factor in .* has values that are not finite"):
+        read_tensors(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(whole, tmp_path / "adapter_model.bin")
+    assert read_tensors(tmp_path, {"head"}).keys() == {"head"}

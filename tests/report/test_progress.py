@@ -87,6 +87,14 @@ def test_pulses_move_the_steps_and_the_view_between_two_reports() -> None:
     assert progress.activity().done == 11 and progress.activity().total == 15
 
 
+def test_many_lanes_share_a_line_and_each_lost_one_has_its_own() -> None:
+    state = SearchState([SESSION, *(LaneUp(str(index), 1, 8, {}) for index in range(10)), *history_of(0, {})])
+    state.apply(LaneLost("9", "node died", for_good=True, blames_trials=False))
+    progress = Progress(state, config(), RUNGS, Console(file=io.StringIO(), width=200))
+    progress.beat({"0": Pulse({}, 100.0, 2048.0), "1": Pulse({}, 50.0, 1024.0)})
+    assert progress._lanes() == ["9 lanes: 1 of 72 slots, 150 tokens/s, peak 2,048 MiB", "lane 9 is lost: node died"]
+
+
 def test_a_pulse_of_a_trial_that_has_left_moves_nothing() -> None:
     progress = Progress(searching(), config(), RUNGS, Console(file=io.StringIO()))
     progress.beat({"0": Pulse({0: 4, 7: 5}, 1.0, 1.0), "9": Pulse({1: 2}, 1.0, 1.0)})

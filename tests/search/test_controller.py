@@ -440,3 +440,18 @@ def test_whatever_happens_no_trial_is_lost_doubled_or_trained_for_ever(
     assert SearchState.load(RunDirectory(simulation.run.path)).trials == simulation.controller.state.trials
     ended = [event for event in read_events(simulation.run.events_file) if isinstance(event, Finished)]
     assert len(ended) == len({event.number for event in ended})
+
+
+def test_idle_lanes_do_not_each_ask_what_is_next(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = start(rates=RATES[:3], n_lanes=20)
+    asked, ask = [], simulation.controller._next
+
+    def counted(queued: set[int]) -> int | None:
+        asked.append(queued)
+        return ask(queued)
+
+    monkeypatch.setattr(simulation.controller, "_next", counted)
+    lane = next(lane for lane in simulation.lanes.values() if lane.trials)
+    while not asked:
+        simulation.step(lane)
+    assert len(asked) == 1  # nothing is next, though 17 lanes have free slots

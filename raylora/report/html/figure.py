@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 
 from raylora.report.words import learning_rate
-from raylora.run.state import TrialRow
+from raylora.run.trial_row import TrialRow
 
 COLOURS = {
     "best": "#e8590c",

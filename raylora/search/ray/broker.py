@@ -30,6 +30,9 @@ class _Mailbox:
     n_seen: int = 0
     """Batches that it has seen, over all processes."""
 
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    """Wakes those who wait at this mailbox. One for all mailboxes would wake every lane at each message."""
+
 
 class Broker:
     """Mailboxes of all lanes. All methods are coroutines, so that a waiting caller blocks nobody else."""
@@ -38,7 +41,6 @@ class Broker:
         self._boxes: dict[str, _Mailbox] = {}
         self._pulses: dict[str, Pulse] = {}
         self._closed = False
-        self._changed = asyncio.Condition()
 
     # the lanes' side
 
@@ -46,13 +48,14 @@ class Broker:
         """Return the number of a new process of a lane; orders that the last one has not taken are dropped."""
         box = self._box(lane)
         box.process, box.answered, box.orders = box.process + 1, 0, []
-        await self._tell()
+        await self._wake(box)
         return box.process
 
     async def post(self, batch: Batch) -> None:
         """Take a batch of news."""
-        self._box(batch.lane).news.append(batch)
-        await self._tell()
+        box = self._box(batch.lane)
+        box.news.append(batch)
+        await self._wake(box)
 
     async def orders(self, lane: str, process: int, answered: int) -> tuple[int, list[Order]] | None:
         """Wait for orders, or for the answer to a batch.
@@ -66,7 +69,7 @@ class Broker:
             The last batch that was answered, and all new orders; None once there is nothing more to do.
         """
         box = self._box(lane)
-        await self._wait(lambda: box.process != process or bool(box.orders) or box.answered > answered)
+        await self._wait(box, lambda: box.process != process or bool(box.orders) or box.answered > answered)
         if self._closed or box.process != process:
             return None
         orders, box.orders = box.orders, []
@@ -100,7 +103,7 @@ class Broker:
         box = self._box(lane)
         del box.news[: max(0, n_seen - box.n_seen)]
         box.n_seen = max(box.n_seen, n_seen)
-        await self._wait(lambda: bool(box.news))
+        await self._wait(box, lambda: bool(box.news))
         return None if self._closed else (box.n_seen + len(box.news), list(box.news))
 
     async def deliver(self, orders: dict[str, list[Order]], processes: dict[str, int], answer: Batch) -> None:
@@ -118,20 +121,23 @@ class Broker:
         box = self._box(answer.lane)
         if answer.process == box.process:
             box.answered = max(box.answered, answer.round)
-        await self._tell()
+        for lane in orders.keys() | {answer.lane}:
+            await self._wake(self._box(lane))
 
     async def close(self) -> None:
         """End the search: every waiting caller returns."""
         self._closed = True
-        await self._tell()
+        for box in list(self._boxes.values()):
+            await self._wake(box)
 
     def _box(self, lane: str) -> _Mailbox:
         return self._boxes.setdefault(lane, _Mailbox())
 
-    async def _wait(self, ready: Callable[[], bool]) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._closed or ready())
+    async def _wait(self, box: _Mailbox, ready: Callable[[], bool]) -> None:
+        async with box.changed:
+            await box.changed.wait_for(lambda: self._closed or ready())
 
-    async def _tell(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    @staticmethod
+    async def _wake(box: _Mailbox) -> None:
+        async with box.changed:
+            box.changed.notify_all()

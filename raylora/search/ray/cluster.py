@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 import torch
 import yaml
 
+from raylora.machine import memory_limit, n_cpus
 from raylora.run.activity import watched
 from raylora.run.directory import RunDirectory
 from raylora.run.holding import borrowed
@@ -123,10 +123,10 @@ def _call_watched(
 
 
 def local_devices() -> Devices:
-    """Return the devices of this machine."""
-    n_cpus, n_gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
-    memory = min((torch.cuda.mem_get_info(gpu)[1] for gpu in range(n_gpus)), default=psutil.virtual_memory().total)
-    return Devices(n_gpus, n_cpus, "this machine", node_cpus=n_cpus, memory_mib=memory / 2**20)
+    """Return the devices of this machine, of which this process may use no more than its control groups allow."""
+    n_gpus, cpus = torch.cuda.device_count(), n_cpus()
+    memory = min((torch.cuda.mem_get_info(gpu)[1] for gpu in range(n_gpus)), default=memory_limit().amount)
+    return Devices(n_gpus, cpus, "this machine", node_cpus=cpus, memory_mib=memory / 2**20)
 
 
 def cluster_devices() -> Devices:

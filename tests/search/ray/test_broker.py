@@ -1,10 +1,13 @@
 """The mailbox, without Ray: who waits for whom, and what a dead process leaves behind."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from raylora.search.messages import Batch, Leave, Lost
-from raylora.search.ray.broker import Broker
+from raylora.search.ray.broker import Broker, _Mailbox
 
 TIMEOUT = 5
 
@@ -104,4 +107,37 @@ def test_closing_wakes_everybody() -> None:
         await broker.close()
         assert await asyncio.gather(*waiting) == [None] * 6
 
+    run(scenario())
+
+
+@pytest.mark.parametrize("n_lanes", [4, 64])
+def test_a_message_wakes_only_those_whom_it_concerns(n_lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    wait = Broker._wait
+
+    async def counted(broker: Broker, box: _Mailbox, ready: Callable[[], bool]) -> None:
+        def look() -> bool:
+            nonlocal looks
+            looks += 1
+            return ready()
+
+        await wait(broker, box, look)
+
+    async def scenario() -> None:
+        nonlocal looks
+        broker = Broker()
+        names = [str(index) for index in range(n_lanes)]
+        for lane in names:
+            await broker.connect(lane)
+        waiting = [asyncio.create_task(broker.orders(lane, 1, 0)) for lane in names]
+        waiting += [asyncio.create_task(broker.news(lane, 0)) for lane in names]
+        await asyncio.sleep(0)
+        looks = 0
+        await broker.post(Batch("0", 1, 1))
+        await waiting[n_lanes]
+        assert looks == 2  # of lane 0: its process, and who asks for its news
+        await broker.close()
+        await asyncio.gather(*waiting)
+
+    monkeypatch.setattr(Broker, "_wait", counted)
     run(scenario())
