@@ -165,7 +165,7 @@ class Lab:
 
     def ssh(self, host: Host, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command on a host as its user would."""
-        shell = f"bash --login -i -c {_quoted(command)}"
+        shell = f"source ~/.bashrc; {command}"
         return self.run(["ssh", *self._options(), f"root@{host.ip}", shell], check=check)
 
     def run(

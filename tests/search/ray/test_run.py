@@ -10,6 +10,7 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
+from raylora.config.load import dump_config
 from raylora.config.schema import SearchConfig
 from raylora.errors import SearchError
 from raylora.report.progress import Progress
@@ -63,6 +64,7 @@ def search(make_config: Callable[..., SearchConfig], tmp_path: Path) -> Callable
         )
         run = RunDirectory(tmp_path / "run")
         run.logs.mkdir(parents=True, exist_ok=True)
+        run.config_file.write_text(dump_config(config))  # by which a lane sees that the run directory is shared
         (tmp_path / "tokens").mkdir(exist_ok=True)
         events = list(read_events(run.events_file))
         log = EventLog(run.events_file)
