@@ -14,11 +14,12 @@ import ray
 import ray.train
 import torch
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from raylora.config.schema import SearchConfig
-from raylora.errors import RunDirectoryError, first_line
+from raylora.errors import RunDirectoryError
 from raylora.quiet import quiet_libraries
 from raylora.run.activity import Activity, heard, tell
 from raylora.run.directory import RunDirectory, run_at
@@ -54,6 +55,8 @@ class LaneSettings:
     threads: int
     """CPU threads for torch; unset, lanes on one machine would fight for all cores."""
 
+    load_engine: Callable[..., Engine | PackedEngine] = load_engine
+
     provide: Callable[[], None] | None = None
     """Copies what only the driver's node has to the lane's; None where there is one node."""
 
@@ -61,7 +64,6 @@ class LaneSettings:
     """Variables of the user's environment that `search.forward_env` names. They may be secrets, so they travel in this
     object alone: not in Ray's runtime environments, which its logs and dashboard show."""
 
-    load_engine: Callable[..., Engine | PackedEngine] = load_engine
     remote: str | None = None
     """URL of a run directory in object storage, of which each node has a working copy."""
 
@@ -131,8 +133,10 @@ class _Obituary(UserCallback):
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         error = next(iter(worker_exceptions.values()))
-        lost = "node" in first_line(error)  # Ray: "The actor died because its node has died."
-        reason = "its node was lost" if lost else f"its process ended ({describe_failure(error)})"
+        failure = getattr(error, "health_check_failure", error)  # what Ray Train has wrapped
+        # an actor that cannot be reached is on a node that has died, or that Ray has yet to find dead
+        lost = isinstance(failure, RayActorError) and "worker process has died" not in str(failure)
+        reason = "its node was lost" if lost else f"its process ended ({describe_failure(failure)})"
         ray.get(self._broker.end.remote(self._lane, Gone(reason, node_lost=lost)))
 
 
