@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from raylora.config.schema import SearchConfig
-from raylora.errors import DeviceError
-from raylora.search.plan import Devices, pinned, plan_lanes, plan_slots, plan_threads
+from raylora.errors import ConfigError, DeviceError
+from raylora.search.plan import Devices, forwarded, pinned, plan_lanes, plan_slots, plan_threads
 
 
 def test_a_lane_takes_as_many_trials_as_fill_a_pass_and_one_more(
@@ -41,6 +41,26 @@ def test_lanes_are_as_many_as_devices_and_never_more(make_config) -> None:
     none = Devices(n_gpus=0, n_cpus=2, where="this machine", node_cpus=2)
     with pytest.raises(DeviceError, match="device is cuda, and this machine has no GPU"):
         plan_lanes(make_config(device="cuda"), none)
+
+
+def test_lanes_on_a_cluster_wait_for_devices_only_if_both_are_named(make_config: Callable[..., SearchConfig]) -> None:
+    growing = Devices(n_gpus=0, n_cpus=4, where="the cluster", node_cpus=4, may_grow=True)
+    assert plan_lanes(make_config(device="cuda", search={"lanes": 3, "n_trials": 16}), growing) == (True, 3)
+    assert plan_lanes(make_config(device="cpu", search={"lanes": 8, "n_trials": 16}), growing) == (False, 8)
+    for config in (make_config(), make_config(device="cuda"), make_config(search={"lanes": 2})):
+        # never on CPUs because no GPU is up yet
+        with pytest.raises(DeviceError, match=r"no GPU now; `--device cuda --search\.lanes N` waits for N of them"):
+            plan_lanes(config, growing)
+
+
+def test_only_named_variables_are_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("OTHER", "value")
+    monkeypatch.delenv("MISSING", raising=False)
+    assert forwarded([]) == {}
+    assert forwarded(["HF_TOKEN"]) == {"HF_TOKEN": "secret"}
+    with pytest.raises(ConfigError, match="names MISSING, which is not set here"):
+        forwarded(["HF_TOKEN", "MISSING"])
 
 
 def test_a_lane_has_no_more_threads_than_a_node() -> None:

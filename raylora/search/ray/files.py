@@ -49,7 +49,7 @@ class Files:
 
     def _check(self, path: Path) -> None:
         if path not in self._paths:
-            raise PermissionError(f"{path} is not shared with other nodes")
+            raise ValueError(f"{path} is not given to other nodes")
 
 
 def share_files(paths: tuple[Path, ...]) -> Callable[[], None]:

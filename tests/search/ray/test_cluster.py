@@ -1,7 +1,9 @@
-"""cluster.yaml passes Ray's own schema and preparation, and lanes may count on GPUs that are still to come."""
+"""Cluster files pass Ray's own schema and preparation; lanes may count on GPUs that are still to come."""
 
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,12 +12,20 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from raylora.search.ray.cluster import _autoscaled_gpus
 
 ROOT = Path(__file__).parent.parent.parent.parent
-CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+FILES = (ROOT / "cluster.yaml", *sorted((ROOT / "clusters").glob("*.yaml")))
 
 
-def test_the_cluster_file_is_valid_for_ray_up() -> None:
-    prepared = prepare_config(CLUSTER)  # as `ray up` does
-    validate_config(prepared)
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_cluster_file_is_valid_for_ray_up(path: Path) -> None:
+    validate_config(prepare_config(read(path)))  # as `ray up` does
+
+
+def test_on_aws_the_head_has_no_gpu_and_workers_are_spot_instances() -> None:
+    prepared = prepare_config(read(ROOT / "cluster.yaml"))
     types = prepared["available_node_types"]
     assert types[prepared["head_node_type"]]["resources"]["GPU"] == 0
     worker = types["gpu_worker"]
@@ -23,14 +33,42 @@ def test_the_cluster_file_is_valid_for_ray_up() -> None:
     assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
 
 
-def test_a_misspelled_key_would_not_be() -> None:
+def test_a_misspelled_key_would_not_be_valid() -> None:
     with pytest.raises(Exception, match="max_wokers"):
-        validate_config({**CLUSTER, "max_wokers": 4})
+        validate_config({**read(ROOT / "cluster.yaml"), "max_wokers": 4})
 
 
-def test_every_node_installs_the_project_from_the_constraints() -> None:
-    assert any("-c constraints.txt -e ." in command for command in CLUSTER["setup_commands"])
-    assert (ROOT / "constraints.txt").is_file()
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_node_is_set_up_alike_has_the_token_and_shows_its_dashboard_to_itself_alone(path: Path) -> None:
+    cluster = read(path)
+    assert any("~/raylora/clusters/setup.sh" in command for command in cluster["setup_commands"])
+    assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    (start,) = [command for command in cluster["head_start_ray_commands"] if "ray start" in command]
+    assert "--dashboard-host=127.0.0.1" in start
+
+
+def test_the_set_up_is_done_in_a_moment_where_nothing_has_changed_and_asks_for_tokens(tmp_path: Path) -> None:
+    project, home = tmp_path / "raylora", tmp_path / "home"
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / "clusters").mkdir()
+    home.mkdir()
+    shutil.copy(ROOT / "clusters" / "setup.sh", project / "clusters")
+    for name in ("pyproject.toml", "constraints.txt"):
+        (project / name).touch()
+    for name in (".venv/bin/ray", ".venv/ready"):
+        (project / name).touch(mode=0o755)
+    python = tmp_path / "bin" / "python3.11"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nexit 1\n")  # nothing may be installed
+    python.chmod(0o755)
+    for _ in range(2):
+        subprocess.run(
+            ["bash", project / "clusters" / "setup.sh"],
+            check=True,
+            env={"HOME": str(home), "PATH": f"{python.parent}:/usr/bin:/bin"},
+        )
+    (line,) = (home / ".bashrc").read_text().splitlines()
+    assert line.startswith(f"export RAY_AUTH_MODE=token PATH={project}/.venv/bin:$PATH HF_HOME={home}")
 
 
 def test_lanes_count_gpus_that_the_autoscaler_may_add(tmp_path: Path) -> None:
