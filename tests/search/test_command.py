@@ -216,6 +216,8 @@ def test_a_search_uses_both_nodes_of_a_cluster(space_file: Path, tmp_path: Path)
             "none",
             "--training.max_steps",
             400,  # the first lane must not be done before the second is up
+            "--device",
+            "cpu",  # a cluster without GPUs is not taken for one that trains on CPUs
             *QUICK_END,
             RAY_ADDRESS=cluster.address,
         )
