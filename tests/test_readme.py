@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from raylora.cli.app import app
 from raylora.cli.command import parse_overrides
 from raylora.config.load import build_merge_config, load_config
+from raylora.config.schema import SearchConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +30,7 @@ def check_raylora(command: list[str]) -> None:
         argument = rest.pop(0)
         if argument in {"--resume", "--dry-run"}:
             assert argument in help_text
-        elif argument.startswith("--") and "." not in argument:
+        elif argument.startswith("--") and "." not in argument and argument[2:] not in SearchConfig.model_fields:
             assert argument in help_text
             options[argument] = rest.pop(0)
         elif argument.startswith("--"):
