@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import ray
 import torch
 import yaml
 
+from raylora.errors import DeviceError
 from raylora.machine import memory_limit, n_cpus
 from raylora.run.activity import watched
 from raylora.run.directory import RunDirectory
@@ -21,6 +23,9 @@ from raylora.search.plan import Devices
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
+ANSWER_SECONDS = 10.0
+"""Time within which a cluster must answer."""
+
 LOCAL_ENVIRONMENT = {"RAY_worker_niceness": "0"}
 """Environment of a local Ray instance's processes, unless the user has set another. At Ray's own niceness of 15, lanes
 starve beside any other program (benchmarks/priority.json)."""
@@ -28,8 +33,19 @@ starve beside any other program (benchmarks/priority.json)."""
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Connect to a Ray cluster that is already there."""
-    ray.init(address=address, **QUIET)
+    """Connect to a Ray cluster that is already there.
+
+    Raises:
+        DeviceError: none answers there, or its Ray or Python is of another version.
+    """
+    try:
+        host, separator, port = address.rpartition(":")
+        if separator and port.isdigit() and "/" not in host:  # Ray itself would try for two minutes
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+        ray.init(address=address, **QUIET)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DeviceError(f"no Ray cluster can be used at {address}: {reason}") from error
     try:
         yield
     finally:

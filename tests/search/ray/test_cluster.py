@@ -9,7 +9,9 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from raylora.search.ray.cluster import _autoscaled_gpus
+from raylora.errors import DeviceError
+from raylora.search.ray import cluster
+from raylora.search.ray.cluster import _autoscaled_gpus, connected
 
 ROOT = Path(__file__).parent.parent.parent.parent
 FILES = (ROOT / "cluster.yaml", *sorted((ROOT / "clusters").glob("*.yaml")))
@@ -40,10 +42,10 @@ def test_a_misspelled_key_would_not_be_valid() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_node_is_set_up_alike_has_the_token_and_shows_its_dashboard_to_itself_alone(path: Path) -> None:
-    cluster = read(path)
-    assert any("~/raylora/clusters/setup.sh" in command for command in cluster["setup_commands"])
-    assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
-    (start,) = [command for command in cluster["head_start_ray_commands"] if "ray start" in command]
+    settings = read(path)
+    assert any("~/raylora/clusters/setup.sh" in command for command in settings["setup_commands"])
+    assert settings["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    (start,) = [command for command in settings["head_start_ray_commands"] if "ray start" in command]
     assert "--dashboard-host=127.0.0.1" in start
 
 
@@ -69,6 +71,21 @@ def test_the_set_up_is_done_in_a_moment_where_nothing_has_changed_and_asks_for_t
         )
     (line,) = (home / ".bashrc").read_text().splitlines()
     assert line.startswith(f"export RAY_AUTH_MODE=token PATH={project}/.venv/bin:$PATH HF_HOME={home}")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense"])
+def test_an_address_where_no_cluster_is_is_named_at_once(address: str) -> None:
+    with pytest.raises(DeviceError, match=f"no Ray cluster can be used at {address}: "), connected(address):
+        pass
+
+
+def test_a_cluster_of_another_version_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.61.0\n    Python: 3.12.1\n")
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(DeviceError, match=r"started with: Ray: 2\.61\.0 Python: 3\.12\.1$"), connected("auto"):
+        pass
 
 
 def test_lanes_count_gpus_that_the_autoscaler_may_add(tmp_path: Path) -> None:
