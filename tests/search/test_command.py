@@ -58,7 +58,7 @@ def command(*arguments: object, **environment: str) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout: int = 240) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout: int = 480) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
