@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 ROOT = Path("/")
-"""Where `proc` and the mounted hierarchies lie; a test has a tree of its own."""
+"""Folder that holds `proc` and the mounted hierarchies; a test has a tree of its own."""
 
 HOST = "this machine"
 

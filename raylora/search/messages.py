@@ -103,7 +103,7 @@ class Pulse:
     """Peak memory of the process, or of its GPU."""
 
     loading: str | None = None
-    """What the lane does before it can train, in words; None afterwards."""
+    """Work of the lane before it can train, in words; None afterwards."""
 
 
 News = Ready | Report | Failure | Return | Gone | Lost

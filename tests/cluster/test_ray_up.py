@@ -33,7 +33,7 @@ class Cluster:
 
     lab: Lab
     file: Path
-    """Its cluster file."""
+    """The cluster file that it was made by."""
 
     def ray(self, *arguments: str, timeout: float = 300) -> str:
         """Run a command of Ray's on the laptop, and return what it prints."""

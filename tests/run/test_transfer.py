@@ -1,4 +1,4 @@
-"""What a working copy and object storage tell each other: what has changed, and nothing else."""
+"""A working copy and object storage tell each other what has changed, and nothing else."""
 
 import os
 import time

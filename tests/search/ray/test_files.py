@@ -1,4 +1,4 @@
-"""What only the driver's node has is copied as it was, once, where there is room for it."""
+"""Files that only the driver's node has are copied as they were, once, where there is room for them."""
 
 from pathlib import Path
 from types import SimpleNamespace
