@@ -12,6 +12,8 @@ from typing import Any
 import ray
 import torch
 import yaml
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylora.errors import DeviceError
 from raylora.machine import memory_limit, n_cpus
@@ -136,6 +138,18 @@ def _call_watched(
         if provide is not None:
             provide()
         return function(here), is_elsewhere
+
+
+def actor_here(kind: type, *arguments: Any, max_concurrency: int) -> ActorHandle:
+    """Start an actor on the driver's node, which no spot node's end takes away, without a CPU of its own.
+
+    Args:
+        kind: class of the actor.
+        arguments: those of its constructor.
+        max_concurrency: calls that it answers at once.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, max_concurrency=max_concurrency, scheduling_strategy=here)(kind).remote(*arguments)
 
 
 def local_devices() -> Devices:

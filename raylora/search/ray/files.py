@@ -13,11 +13,11 @@ from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylora.errors import DeviceError
 from raylora.run.activity import tell
 from raylora.run.lock import made_once
+from raylora.search.ray.cluster import actor_here
 
 CHUNK_BYTES = 64 * 2**20
 """Bytes that one message carries."""
@@ -58,9 +58,7 @@ def share_files(paths: tuple[Path, ...]) -> Callable[[], None]:
     Args:
         paths: files and folders of the driver's node.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    files = ray.remote(num_cpus=0, max_concurrency=8, scheduling_strategy=here)(Files).remote(paths)
-    return partial(copy_missing, files, paths)
+    return partial(copy_missing, actor_here(Files, paths, max_concurrency=8), paths)
 
 
 def copy_missing(files: ActorHandle, paths: Iterable[Path]) -> None:

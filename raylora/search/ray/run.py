@@ -13,7 +13,6 @@ from typing import Any
 import ray
 from ray import tune
 from ray.actor import ActorHandle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylora.errors import SearchError
 from raylora.run.atomic import write_json
@@ -22,6 +21,7 @@ from raylora.run.state import SearchState
 from raylora.search.controller import SearchController
 from raylora.search.messages import Lost, Pulse
 from raylora.search.ray.broker import Broker
+from raylora.search.ray.cluster import actor_here
 from raylora.search.ray.lane import LaneSettings, lane_trainer
 from raylora.search.ray.searcher import LaneSearcher
 from raylora.search.ray.tune_trial import LaneTrial
@@ -75,9 +75,8 @@ def run_search(
 
 
 def start_broker() -> ActorHandle:
-    """Start the broker's actor: on the driver's node, which no spot node's end takes away, without a CPU of its own."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(Broker).remote()
+    """Start the broker's actor."""
+    return actor_here(Broker, max_concurrency=1000)
 
 
 def _train(
