@@ -116,7 +116,9 @@ class Storage:
         except FileNotFoundError as error:
             raise self._no_bucket() from error
         start = len(self._fs[1]) + 1
-        return {path[start:]: Stored(info["size"], _modified(info)) for path, info in found.items()}
+        # a folder whose first object is written meanwhile is listed as itself
+        files = {path: info for path, info in found.items() if info["type"] == "file"}
+        return {path[start:]: Stored(info["size"], _modified(info)) for path, info in files.items()}
 
     def upload(self, file: Path, name: str) -> None:
         """Write an object from a local file."""

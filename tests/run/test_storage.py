@@ -44,6 +44,25 @@ def test_objects_are_listed_moved_and_removed(bucket: str, tmp_path: Path) -> No
         storage.read("a")
 
 
+def test_a_folder_that_comes_to_be_while_it_is_listed_is_no_object(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(f"{bucket}/run")
+    fs = fsspec.core.url_to_fs(bucket)[0]
+    lists, seen = type(fs)._lsdir, []
+
+    async def written_after_the_first(self: object, path: str, **kwargs: object) -> object:
+        found = await lists(self, path, **kwargs)
+        if not seen:
+            seen.append(path)
+            await self._pipe_file(f"{path}/00000000.jsonl", b"first")  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(type(fs), "_lsdir", written_after_the_first)
+    assert storage.list("events") == {}
+    assert seen and storage.list("events").keys() == {"events/00000000.jsonl"}
+
+
 def test_a_missing_bucket_is_named(bucket: str, tmp_path: Path) -> None:
     storage = Storage("s3://nowhere/run", patience=60.0)
     (tmp_path / "file").touch()
