@@ -97,7 +97,7 @@ def _search(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[]
     storage = run.storage
     parts = pull_events(storage.patient(note=screen.print), run.events_file) if storage else None
     events = list(read_events(run.events_file))
-    log = EventLog(run.events_file, parts=parts)
+    log = EventLog(run.events_file, parts=parts, note=screen.print)
     controller = SearchController(plan.config, plan.rungs, log, events=events, n_lanes=plan.n_lanes)
     broker = start_broker()
     try:

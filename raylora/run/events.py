@@ -1,8 +1,7 @@
 """Appends the events of a search to `events.jsonl` and reads them back: the only truth about its trials.
 
 Every event is one line of JSON, and is on disk, and in object storage where the run lies there, before anything acts on
-it. `raylora.run.state` folds events to the
-state of the search, so that resuming a search is reading its log.
+it. `raylora.run.state` folds events to the state of the search, so that resuming a search is reading its log.
 """
 
 import json
@@ -10,11 +9,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raylora.errors import RunDirectoryError
 from raylora.run.atomic import sync_one
+from raylora.run.outage import wait_out
 from raylora.run.parts import EventParts
 
 
@@ -181,20 +182,29 @@ _KINDS = {
 class EventLog:
     """The open log of one session. Appended events are collected until `flush`, which returns when they are on disk."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time, parts: EventParts | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        clock: Callable[[], float] = time.time,
+        parts: EventParts | None = None,
+        note: Callable[[str], object] | None = None,
+    ) -> None:
         """Open the log and cut off a line that a kill has torn.
 
         Args:
             path: `events.jsonl`; made if it does not exist.
             clock: gives the time of each event.
             parts: the log in object storage, which holds the same events as the file.
+            note: shows the user a line while the disk takes nothing.
         """
-        self._path, self._clock, self._parts, self._lines = path, clock, parts, list[str]()
+        self._path, self._clock, self._parts, self._note = path, clock, parts, note
+        self._lines: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        whole = path.read_bytes().rfind(b"\n") + 1
-        if whole < self._file.tell():
-            self._file.truncate(whole)
+        self._file = path.open("ab", buffering=0)
+        self._size = path.read_bytes().rfind(b"\n") + 1
+        """Bytes of whole lines."""
+
+        self._file.truncate(self._size)
         sync_one(path.parent)
 
     def append(self, event: Event) -> Event:
@@ -206,6 +216,8 @@ class EventLog:
     def flush(self) -> None:
         """Write all appended events through to object storage, if the run lies there, and to the disk.
 
+        An outage of either is waited out.
+
         Raises:
             RunDirectoryError: object storage does not take them, or another search writes there; or likewise
             OSError: the disk is full or gone; nothing that the events say may be acted on.
@@ -214,12 +226,18 @@ class EventLog:
             content = "".join(self._lines).encode()
             if self._parts is not None:
                 self._parts.add(content)
-            self._file.write(content)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            wait_out(partial(self._write, content), self._note)
             self._lines.clear()
             if self._parts is not None:
                 self._parts.fold(self._path)
+
+    def _write(self, content: bytes) -> None:
+        self._file.truncate(self._size)  # what a try before this one has left
+        left = memoryview(content)
+        while left:
+            left = left[self._file.write(left) :]
+        os.fsync(self._file.fileno())
+        self._size += len(content)
 
     def close(self) -> None:
         """Close the file."""

@@ -16,7 +16,8 @@ import psutil
 from raylora.errors import RunDirectoryError
 from raylora.run.directory import RunDirectory, pull, run_at
 from raylora.run.lock import locked, user_of
-from raylora.run.storage import PATIENCE_SECONDS, Storage
+from raylora.run.outage import PATIENCE_SECONDS
+from raylora.run.storage import Storage
 from raylora.run.transfer import LAST_PATIENCE_SECONDS, OWNER, Uploads
 
 RENEW_SECONDS = 10.0

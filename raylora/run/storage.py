@@ -15,17 +15,12 @@ from typing import Any, TypeVar
 import fsspec
 
 from raylora.errors import RunDirectoryError, first_line
+from raylora.run.outage import LONGEST_PAUSE, PATIENCE_SECONDS
 
 Result = TypeVar("Result")
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 """Scheme of a URL -> extra of raylora that brings its package."""
-
-PATIENCE_SECONDS = 300.0
-"""Time for which an outage is waited out where nothing can go on without the object."""
-
-LONGEST_PAUSE = 10.0
-"""Longest wait between two tries, in seconds."""
 
 THREADS = 8
 """Objects of one folder that are under way at once."""

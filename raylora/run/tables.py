@@ -34,9 +34,11 @@ class TableWriter:
     def write(self) -> None:
         """Write both tables, and put the next write off in proportion to what this one took."""
         began = time.monotonic()
-        write_tables(self._run, self._state)
-        took = time.monotonic() - began
-        self._due = began + took + max(MIN_SECONDS, took / MAX_SHARE)
+        try:
+            write_tables(self._run, self._state)
+        finally:
+            took = time.monotonic() - began
+            self._due = began + took + max(MIN_SECONDS, took / MAX_SHARE)
 
 
 def write_tables(run: RunDirectory, state: SearchState) -> None:

@@ -1,6 +1,7 @@
 """Keeps what people read of a running search near its log: tables, and the study for optuna-dashboard."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from raylora.config.schema import SearchConfig
 from raylora.run.directory import RunDirectory
@@ -43,8 +44,9 @@ class Views:
     def write_if_due(self) -> None:
         """Write the tables if they have changed, unless that was done a moment ago."""
         if self._changed and self._tables.is_due():
-            self._tables.write()
-            self._changed = False
+            with suppress(OSError):  # a disk that is full for a while costs the search nothing
+                self._tables.write()
+                self._changed = False
 
     def close(self) -> None:
         """Write what has changed, and stop."""

@@ -163,10 +163,18 @@ class Lab:
         return ["-i", str(self.key), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
                 "-o", "ConnectTimeout=5", "-o", "LogLevel=ERROR"]  # fmt: skip
 
-    def ssh(self, host: Host, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def ssh(
+        self, host: Host, command: str, *, check: bool = True, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host as its user would."""
-        shell = f"source ~/.bashrc; {command}"
-        return self.run(["ssh", *self._options(), f"root@{host.ip}", shell], check=check)
+        return self.run(self._shell(host, command), check=check, timeout=timeout)
+
+    def start_on(self, name: str, command: str, output: Path) -> subprocess.Popen[bytes]:
+        """Start a command on a host as its user would, and do not wait for it."""
+        return self.start(self._shell(self.hosts[name], command), output)
+
+    def _shell(self, host: Host, command: str) -> list[str]:
+        return ["ssh", *self._options(), f"root@{host.ip}", f"source ~/.bashrc; {command}"]
 
     def run(
         self, command: list[str], *, check: bool = True, timeout: float = 300, cwd: Path | None = None

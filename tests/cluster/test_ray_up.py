@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,15 @@ import pytest
 import yaml
 
 from raylora.run.directory import RunDirectory
-from raylora.run.events import Event, Finished, LaneLost, LaneUp, Reported, Started, read_events
-from raylora.run.state import SearchState
+from raylora.run.events import read_events
 from tests.cluster.hosts import Lab, missing
+from tests.cluster.searches import check_that_nothing_is_lost, lanes_on, lost_lanes, reports, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
+WORKERS = ("worker1", "worker2")
 SEARCH = (
     "cd raylora && python -m raylora.testing examples/tiny && python -m raylora.search search_spaces/smoke.yaml "
     "--address auto --device cpu --search.lanes 3 --search.n_trials 9 --training.max_steps 3600 "
@@ -40,16 +40,6 @@ class Cluster:
         done = self.lab.run([RAY, arguments[0], *arguments[1:]], cwd=ROOT, timeout=timeout)
         return done.stdout
 
-    def wait_for(self, run: RunDirectory, what: str, found: object, seconds: float = 240) -> list[Event]:
-        """Return the events of a search, once a condition holds for them."""
-        deadline = time.monotonic() + seconds
-        while True:
-            events = list(read_events(run.events_file))
-            if found(events):  # type: ignore[operator]
-                return events
-            assert time.monotonic() < deadline, f"no {what} after {seconds} s: {events[-3:]}"
-            time.sleep(0.5)
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -63,7 +53,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             (host.home / "raylora" / ".venv").symlink_to(ROOT / ".venv")
         settings = yaml.safe_load((ROOT / "clusters" / "local.yaml").read_text())
         settings["provider"] |= {"head_ip": lab.hosts["head"].ip}
-        settings["provider"] |= {"worker_ips": [lab.hosts[name].ip for name in ("worker1", "worker2")]}
+        settings["provider"] |= {"worker_ips": [lab.hosts[name].ip for name in WORKERS]}
         settings["auth"] = {"ssh_user": "root", "ssh_private_key": str(lab.key)}
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):  # a lane for each host
             settings[key] = [command.replace("ray start", "ray start --num-cpus=1") for command in settings[key]]
@@ -83,40 +73,18 @@ def test_a_search_outlives_a_lost_host(cluster: Cluster, tmp_path: Path) -> None
     run = RunDirectory(cluster.lab.shared / "results" / "mine")
     process = cluster.lab.start([RAY, "exec", str(cluster.file), SEARCH], tmp_path / "search.log", cwd=ROOT)
     try:
-        events = cluster.wait_for(run, "lane on a worker", lambda events: _on_workers(events) and _reports(events))
-        lane, host = _on_workers(events)[0]
+        events = wait_for(run, "lane on a worker", lambda events: lanes_on(events, *WORKERS) and reports(events))
+        lane, host = lanes_on(events, *WORKERS)[0]
         cluster.lab.hosts[host].kill()
-        cluster.wait_for(run, "lost lane", lambda events: any(isinstance(event, LaneLost) for event in events), 60)
+        wait_for(run, "lost lane", lost_lanes, 60)
         assert process.wait(timeout=400) == 0, (tmp_path / "search.log").read_text()[-3000:]
     except subprocess.TimeoutExpired:
         process.kill()
         raise
     events = list(read_events(run.events_file))
-    (lost,) = [event for event in events if isinstance(event, LaneLost)]
+    (lost,) = lost_lanes(events)
     assert (lost.lane, lost.reason, lost.blames_trials) == (lane, "its node was lost", False)
-    state = SearchState(events)
-    assert not state.numbers("queued", "running", "paused", "failed")
-    finished = [event.number for event in events if isinstance(event, Finished)]
-    assert len(finished) == len(set(finished)) == state.count("finished")
-    # at most one rung is trained again: who starts anew does so from its newest report
-    step: dict[int, int] = {}
-    for event in events:
-        if isinstance(event, Reported):
-            assert event.metrics["step"] > step.get(event.number, 0)
-            step[event.number] = event.metrics["step"]
-        elif isinstance(event, Started) and event.number in step:
-            assert event.resume_from is not None
-            assert event.resume_from.endswith(f"-{step[event.number]}")
+    check_that_nothing_is_lost(events)
     assert run.page_file.is_file()
     cluster.ray("rsync-down", str(cluster.file), "/mnt/shared/results/mine/", f"{tmp_path}/mine/")
     assert (tmp_path / "mine" / "report.html").is_file()
-
-
-def _on_workers(events: list[Event]) -> list[tuple[str, str]]:
-    """Return lane and host of each lane that came up on a worker."""
-    up = [event for event in events if isinstance(event, LaneUp)]
-    return [(event.lane, event.facts["host"]) for event in up if event.facts["host"] != "head"]
-
-
-def _reports(events: list[Event]) -> bool:
-    return any(isinstance(event, Reported) for event in events)

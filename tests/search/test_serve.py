@@ -9,6 +9,7 @@ import torch
 
 from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
+from raylora.run.activity import heard
 from raylora.run.directory import RunDirectory, run_at
 from raylora.search.messages import Failure, Leave, News, Order, Pulse, Ready, Report, Return, Start
 from raylora.search.serve import Heart, serve_one, serve_pack
@@ -250,6 +251,26 @@ def test_a_full_disk_is_the_machines_fault(
     ]
     assert link.returns[0].reason == "trial 0: OSError: [Errno 28] No space left on device"
     assert link.failures == {}
+
+
+def test_a_checkpoint_waits_for_a_disk_that_is_full_for_a_while(
+    engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    left, write = [2], Path.write_bytes
+
+    def filling(path: Path, content: bytes) -> int:
+        if path.name == "trial_state.pt" and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", filling)
+    with heard(lambda activity: said.append(activity.what)):
+        link = serve(engine, tmp_path, [start(0)])
+    assert left == [0]
+    assert said == ["waiting up to 300 s: [Errno 28] No space left on device"]
+    assert link.reports == [(0, 1)] and not link.returns and not link.failures
 
 
 def test_a_missing_checkpoint_is_the_machines_fault(engine: PackedEngine, tmp_path: Path) -> None:

@@ -154,20 +154,20 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
     _forget_process_group()
     os.environ.update(settings.environment)
     run = run_at(settings.remote or settings.run_path)
-    try:
-        with heard(partial(_tell_broker, settings)):
+    with heard(partial(_tell_broker, settings)):
+        try:
             engine = _load(settings, run)
-    except Exception as error:  # whatever keeps the base from loading would do so again: no restart
-        ray.get(settings.broker.end.remote(settings.name, Lost(describe_failure(error))))
-        return
-    # all that lives now lives for ever; without it a collection between trials takes 0.4 s to walk the libraries
-    gc.freeze()
-    link = BrokerLink(settings.broker, settings.name)
-    ready = Ready(_slots(engine), _facts(settings, engine, time.perf_counter() - began))
-    if isinstance(engine, PackedEngine):
-        serve_pack(engine, link, run, ready)
-    else:
-        serve_one(engine, link, run, ready)
+        except Exception as error:  # whatever keeps the base from loading would do so again: no restart
+            ray.get(settings.broker.end.remote(settings.name, Lost(describe_failure(error))))
+            return
+        # all that lives now lives for ever; without it a collection between trials takes 0.4 s to walk the libraries
+        gc.freeze()
+        link = BrokerLink(settings.broker, settings.name)
+        ready = Ready(_slots(engine), _facts(settings, engine, time.perf_counter() - began))
+        if isinstance(engine, PackedEngine):
+            serve_pack(engine, link, run, ready)
+        else:
+            serve_one(engine, link, run, ready)
 
 
 def _load(settings: LaneSettings, run: RunDirectory) -> Engine | PackedEngine:
@@ -191,7 +191,7 @@ def _load(settings: LaneSettings, run: RunDirectory) -> Engine | PackedEngine:
 
 
 def _tell_broker(settings: LaneSettings, activity: Activity) -> None:
-    """Send a pulse of a lane that cannot train yet."""
+    """Send a pulse of a lane that cannot train yet, or cannot write its checkpoint."""
     how_far = f": {activity.done:,} of {activity.total:,}" if activity.total > 1 else ""
     pulse = Pulse({}, 0.0, 0.0, loading=f"{activity.what}{how_far}")
     settings.broker.beat.remote(settings.name, pulse)

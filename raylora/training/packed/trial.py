@@ -3,12 +3,15 @@
 import math
 import shutil
 import time
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_scheduler
@@ -17,8 +20,10 @@ from raylora.base.architecture import Architecture
 from raylora.config.assignment import Assignment
 from raylora.config.schema import TrainingSection
 from raylora.data.rows import TokenRows
+from raylora.run.activity import tell
 from raylora.run.atomic import replacing
 from raylora.run.metrics import RungMetrics
+from raylora.run.outage import wait_out
 from raylora.training.memory import peak_memory_mib
 from raylora.training.packed.adapter import Adapter
 from raylora.training.packed.layout import MicroBatch
@@ -197,21 +202,36 @@ class PackedTrial:
     def save(self) -> Path:
         """Write a checkpoint: the adapter in peft's format, and what training needs to go on from it.
 
-        Older ones are removed, but for the one of the last report, which tables and the event log name.
+        Older ones are removed, but for the one of the last report, which tables and the event log name. A disk that
+        takes nothing for a while is waited for.
+
+        Raises:
+            OSError: it took nothing for long.
         """
         directory = self.directory / f"checkpoint-{self.step}"
-        with replacing(directory) as temporary:
-            temporary.mkdir()
-            self.peft_config.save_pretrained(temporary)
-            tensors = {name: tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
-            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-            torch.save(self._state(), temporary / "trial_state.pt")
+        tensors = {name: tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
+        state = BytesIO()
+        torch.save(self._state(), state)
+        # as bytes: where a disk is full, neither safetensors nor torch raises an OSError
+        files: dict[str, bytes | memoryview] = {
+            "adapter_model.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"}),
+            "trial_state.pt": state.getbuffer(),
+        }
+        wait_out(partial(self._write, directory, files), note=lambda text: tell(text, 0, 1))
         kept = {directory, self._reported_checkpoint}
         for old in set(self.directory.glob("checkpoint-*")) - kept:
             shutil.rmtree(old)
         if self._reported_step == self.step:
             self._reported_checkpoint = directory
         return directory
+
+    def _write(self, directory: Path, files: dict[str, bytes | memoryview]) -> None:
+        """Write a checkpoint's folder at once."""
+        with replacing(directory) as temporary:
+            temporary.mkdir()
+            self.peft_config.save_pretrained(temporary)
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
 
     def _state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the adapter, independent of device and of rank padding."""

@@ -1,0 +1,109 @@
+"""What befalls a search on a cluster: cut network, new node, full disk, killed driver. Run by `make cluster`."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raylora.run.directory import RunDirectory
+from raylora.run.events import SessionStarted, read_events
+from raylora.run.state import SearchState
+from tests.cluster.hosts import Host, Lab, missing
+from tests.cluster.searches import check_that_nothing_is_lost, lanes_on, lost_lanes, reports, wait_for
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+SHARED_MIB = 64
+"""Size of the shared folder."""
+
+
+def search(name: str, *settings: str) -> str:
+    """Return a command of the head's user that searches into a folder that all hosts share."""
+    return (
+        "cd ~/project && python -m raylora.search search_spaces/smoke.yaml --address auto --device cpu "
+        f"--search.lanes 2 --search.n_trials 6 --output /mnt/shared/{name} {' '.join(settings)}"
+    )
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Head and one worker of a running cluster, and a second worker that has not joined."""
+    folder = tmp_path_factory.mktemp("lab")
+    made = Lab(folder, (ROOT, Path(sys.base_prefix)), {})
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SHARED_MIB}m", "tmpfs", str(made.shared)])
+    assert mounted.returncode == 0
+    try:
+        for name, address in (("head", 10), ("worker1", 11), ("worker2", 12)):
+            host = made.add(name, address)
+            (host.home / ".bashrc").write_text(f"export RAY_AUTH_MODE=token PATH={ROOT}/.venv/bin:$PATH\n")
+            (host.home / ".ray").mkdir()
+            (host.home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
+        head = made.hosts["head"]
+        for part in ("search_spaces", "examples"):
+            shutil.copytree(ROOT / part, head.home / "project" / part)
+        made.ssh(head, "cd ~/project && python -m raylora.testing examples/tiny")
+        made.ssh(head, "ray start --head --num-cpus=1 --port=6379 --dashboard-host=127.0.0.1")
+        join(made, made.hosts["worker1"])
+        yield made
+    finally:
+        made.close()
+        subprocess.run(["umount", str(made.shared)], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def join(lab: Lab, host: Host) -> None:
+    """Have a host join the cluster, with room for one lane."""
+    lab.ssh(host, f"ray start --address={lab.hosts['head'].ip}:6379 --num-cpus=1")
+
+
+def test_a_cut_network_costs_a_lane_and_a_new_node_brings_one(lab: Lab, tmp_path: Path) -> None:
+    run = RunDirectory(lab.shared / "cut")
+    process = lab.start_on("head", search("cut", "--training.max_steps 3600"), tmp_path / "search.log")
+    wait_for(run, "report and lane on the worker", lambda events: lanes_on(events, "worker1") and reports(events))
+    lab.hosts["worker1"].unplug()
+    (lost,) = lost_lanes(wait_for(run, "lost lane", lost_lanes))
+    assert (lost.reason, lost.blames_trials) == ("its node was lost", False)
+    join(lab, lab.hosts["worker2"])
+    wait_for(run, "lane on the new node", lambda events: lanes_on(events, "worker2"))
+    assert process.wait(timeout=400) == 0, (tmp_path / "search.log").read_text()[-3000:]
+    check_that_nothing_is_lost(list(read_events(run.events_file)))
+    assert run.page_file.is_file()
+
+
+def test_a_full_folder_is_waited_out_and_a_killed_driver_is_followed_by_a_ray_job(lab: Lab, tmp_path: Path) -> None:
+    run = RunDirectory(lab.shared / "full")
+    settings = ("--training.max_steps 1800",)
+    process = lab.start_on("head", search("full", *settings), tmp_path / "search.log")
+    n_before = reports(wait_for(run, "report", reports))
+    filler = lab.shared / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(1 << 16))
+    time.sleep(30)
+    size = run.events_file.stat().st_size
+    time.sleep(10)
+    assert run.events_file.stat().st_size == size  # it does stand still
+    assert process.poll() is None, (tmp_path / "search.log").read_text()[-3000:]
+    filler.unlink()
+    events = wait_for(run, "later report", lambda events: reports(events) > n_before + 2)
+    assert not SearchState(events).numbers("failed")
+    (session,) = [event for event in events if isinstance(event, SessionStarted)]
+    lab.ssh(lab.hosts["head"], f"kill -KILL {session.pid}")
+    assert process.wait(timeout=60) != 0
+    before = SearchState(read_events(run.events_file))
+    assert before.count("finished") < 6
+
+    job = search("full", *settings, "--resume")
+    done = lab.ssh(lab.hosts["head"], f"ray job submit -- bash -c '{job}'", check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    events = list(read_events(run.events_file))
+    check_that_nothing_is_lost(events)
+    after = SearchState(events)
+    for number in before.numbers("finished"):
+        assert after.trials[number] == before.trials[number]
+    assert run.page_file.is_file()
