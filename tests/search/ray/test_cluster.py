@@ -1,11 +1,14 @@
 """Cluster files pass Ray's own schema and preparation; lanes may count on GPUs that are still to come."""
 
+import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -14,7 +17,12 @@ from raylora.search.ray import cluster
 from raylora.search.ray.cluster import _autoscaled_gpus, connected
 
 ROOT = Path(__file__).parent.parent.parent.parent
-FILES = (ROOT / "cluster.yaml", *sorted((ROOT / "clusters").glob("*.yaml")))
+FILES = (ROOT / "cluster.yaml", *sorted({*(ROOT / "clusters").glob("*.yaml")} - {ROOT / "clusters" / "kuberay.yaml"}))
+CLOUDS = {
+    "aws": ROOT / "cluster.yaml",
+    "gcp": ROOT / "clusters" / "gcp.yaml",
+    "azure": ROOT / "clusters" / "azure.yaml",
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -26,13 +34,50 @@ def test_a_cluster_file_is_valid_for_ray_up(path: Path) -> None:
     validate_config(prepare_config(read(path)))  # as `ray up` does
 
 
-def test_on_aws_the_head_has_no_gpu_and_workers_are_spot_instances() -> None:
-    prepared = prepare_config(read(ROOT / "cluster.yaml"))
+@pytest.mark.parametrize(
+    ("cloud", "spot"),
+    [
+        ("aws", lambda node: node["InstanceMarketOptions"] == {"MarketType": "spot"}),
+        ("gcp", lambda node: node["scheduling"]["provisioningModel"] == "SPOT"),
+        ("azure", lambda node: node["azure_arm_parameters"]["priority"] == "Spot"),
+    ],
+)
+def test_in_a_cloud_the_head_has_no_gpu_and_workers_are_spot_instances(
+    cloud: str, spot: Callable[[dict[str, Any]], bool]
+) -> None:
+    prepared = prepare_config(read(CLOUDS[cloud]))
+    assert prepared["provider"]["type"] == cloud
+    assert prepared["provider"]["cache_stopped_nodes"] is False
     types = prepared["available_node_types"]
     assert types[prepared["head_node_type"]]["resources"]["GPU"] == 0
     worker = types["gpu_worker"]
     assert (worker["min_workers"], worker["max_workers"], worker["resources"]["GPU"]) == (0, 4, 1)
-    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert spot(worker["node_config"])
+
+
+@pytest.mark.parametrize(
+    ("cloud", "package"), [("aws", "boto3"), ("gcp", "google-api-python-client"), ("azure", "azure-mgmt-compute")]
+)
+def test_the_head_gets_the_clouds_client_package_from_rays_defaults_after_our_python(cloud: str, package: str) -> None:
+    commands = prepare_config(read(CLOUDS[cloud]))["head_setup_commands"]
+    (ours,) = [n for n, command in enumerate(commands) if "clusters/setup.sh" in command]
+    (theirs,) = [n for n, command in enumerate(commands) if package in command]
+    assert ours < theirs
+
+
+def test_on_azure_each_parameter_is_one_of_rays_template() -> None:
+    template = json.loads((Path(ray.autoscaler.__file__).parent / "_private/_azure/azure-vm-template.json").read_text())
+    for node in read(CLOUDS["azure"])["available_node_types"].values():
+        assert node["node_config"].keys() == {"azure_arm_parameters"}
+        assert node["node_config"]["azure_arm_parameters"].keys() <= template["parameters"].keys()
+
+
+def test_on_gcp_disks_lie_in_the_zone_of_the_nodes() -> None:
+    settings = read(CLOUDS["gcp"])
+    zone = settings["provider"]["availability_zone"]
+    for node in settings["available_node_types"].values():
+        (disk,) = node["node_config"]["disks"]
+        assert disk["initializeParams"]["diskType"].startswith(f"zones/{zone}/diskTypes/")
 
 
 def test_a_misspelled_key_would_not_be_valid() -> None:
