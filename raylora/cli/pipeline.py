@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from raylora.report.progress import Progress
 from raylora.report.screen import print_summary
 from raylora.report.stage import Stage
 from raylora.report.start import show_plan
-from raylora.run.activity import write_activity
+from raylora.run.activity import heard, read_activity, write_activity
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory, check_same_data, with_pinned_commits
 from raylora.run.events import EventLog, read_events
@@ -71,7 +72,7 @@ def run_pipeline(
         if address:
             stack.enter_context(connected(address))
         devices = cluster_devices() if address else local_devices()
-        with screen.status("reading base and data ..."):
+        with Stage("reading base and data", screen) as stage, heard(stage.show):
             plan = make_plan(with_pinned_commits(config, run), run, devices)
         check_same_data(run, plan.data.fingerprint)
         if verbose:
@@ -128,17 +129,21 @@ def _finish(
     best = save_best_adapter(run)
     screen.print(f"best: trial {best.number}, eval_loss {best.eval_loss:.4f}; adapter in {run.best_adapter}")
     for what, step in (("merging into the base", merge_run), ("generating on held-out prompts", evaluate_run)):
-        with Stage(what, run.activity_file, screen) as stage:
+        with Stage(what, screen) as stage:
             push()  # another node may take it up
             call_on_device(
                 step,
                 run,
                 on_gpu=plan.on_gpu,
                 n_cpus=plan.node_cpus,
-                waiting=stage.refresh,
+                waiting=partial(_show_activity, stage, run.activity_file),
                 provide=provide,
             )
     write_report(run)
+
+
+def _show_activity(stage: Stage, file: Path) -> None:
+    stage.show(read_activity(file))
 
 
 def _speed(run: RunDirectory, plan: Plan) -> Speed | None:

@@ -138,6 +138,7 @@ def _encode_parts(parts: Parts, data: DataSection, tokenizer: PreTrainedTokenize
         dataset, summaries[part] = encode_part(
             getattr(parts, part),
             encoder,
+            part=part,
             max_length=data.max_length,
             long_rows=data.long_rows,
             on_bad_row=bad_rows.append if data.bad_rows == "drop" else None,

@@ -18,6 +18,7 @@ from raylora.data.examples import Conversation, Example, TextExample
 from raylora.data.files import OnBadRow, bad_row_to
 from raylora.data.rows import IGNORE
 from raylora.errors import DataError
+from raylora.run.activity import track
 
 READ_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
 """Keys of messages whose loss would be an error, and the id that ties a result to its call."""
@@ -184,6 +185,7 @@ def encode_part(
     examples: list[Example],
     encoder: Encoder,
     *,
+    part: str,
     max_length: int,
     long_rows: str,
     on_bad_row: OnBadRow = None,
@@ -193,6 +195,7 @@ def encode_part(
     Args:
         examples: rows of the part, at least one.
         encoder: tokenises one example.
+        part: its name, to show how far it is.
         max_length: longest row in tokens.
         long_rows: `truncate` cuts longer rows, `drop` leaves them out.
         on_bad_row: takes the error of each conversation that the chat template cannot render; None raises the first.
@@ -207,7 +210,7 @@ def encode_part(
     lengths: list[int] = []
     used: list[Example] = []
     n_cut = n_dropped = 0
-    for example in examples:
+    for example in track(examples, f"tokenizing rows of {part}"):
         encoded = []
         with bad_row_to(on_bad_row):
             encoded = encoder.rows(example)

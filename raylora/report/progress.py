@@ -85,9 +85,14 @@ class Progress:
 
     def beat(self, pulses: Mapping[str, Pulse]) -> None:
         """Take in the newest pulse of each lane; without a terminal, say now and then how far the search is."""
-        is_new = pulses != self._pulses
-        self._pulses = pulses
-        if is_new and not self._live and time.monotonic() - self._shown_at >= LINE_SECONDS:
+        before, self._pulses = self._pulses, pulses
+        if self._live:
+            return
+        for name, lane in self._state.lanes.items():
+            pulse = pulses.get(name)
+            if lane.up and pulse is not None and pulse.busy and pulse != before.get(name):
+                self.note(f"lane {name}: {pulse.busy}")
+        if pulses != before and time.monotonic() - self._shown_at >= LINE_SECONDS:
             self.note(self.summary() if self._state.lanes else "; ".join(self._lanes()))
 
     def note(self, text: str) -> None:
@@ -163,9 +168,9 @@ class Progress:
             if not lane.up
         ]
         others += [
-            f"lane {name}: {pulse.loading} ... {time.time() - self._began:.0f} s"
+            f"lane {name}: {pulse.busy} ... {time.time() - self._began:.0f} s"
             for name, pulse in self._pulses.items()
-            if pulse.loading is not None and name not in lanes
+            if pulse.busy is not None and name not in lanes
         ]
         return lines + others[:MAX_LANES] or [f"waiting for a lane ... {time.time() - self._began:.0f} s"]
 
@@ -176,6 +181,7 @@ class Progress:
         if pulses := [self._pulses[name] for name in lanes if name in self._pulses]:
             speed, memory = sum(pulse.tokens_per_second for pulse in pulses), max(pulse.memory_mib for pulse in pulses)
             line += f", {speed:,.0f} tokens/s, peak {memory:,.0f} MiB"
+            line += "".join(sorted({f", {pulse.busy}" for pulse in pulses if pulse.busy}))
         return line
 
     def _steps(self) -> dict[int, int]:

@@ -1,12 +1,11 @@
-"""Shows a stage after the search, such as the merge, with a bar of what its process says in `activity.json`."""
+"""Shows a stage before or after the search, such as the merge, with a bar of how far its work is."""
 
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from raylora.run.activity import read_activity
+from raylora.run.activity import Activity
 
 LINE_SECONDS = 10.0
 """Time between two plain lines where there is no terminal."""
@@ -17,12 +16,11 @@ class Stage:
 
     Args:
         what: the stage in words.
-        activity_file: what its process says.
         console: shows it.
     """
 
-    def __init__(self, what: str, activity_file: Path, console: Console) -> None:
-        self._what, self._file, self._console = what, activity_file, console
+    def __init__(self, what: str, console: Console) -> None:
+        self._what, self._console = what, console
         self._shown_at = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = (
@@ -40,9 +38,8 @@ class Stage:
         if self._bar:
             self._bar.stop()
 
-    def refresh(self) -> None:
-        """Show how far the stage is; without a terminal, a line every ten seconds."""
-        activity = read_activity(self._file)
+    def show(self, activity: Activity | None) -> None:
+        """Show how far the stage is, if that is known; without a terminal, a line every ten seconds."""
         if activity is None:
             return
         if self._bar:

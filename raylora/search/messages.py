@@ -102,8 +102,8 @@ class Pulse:
     memory_mib: float
     """Peak memory of the process, or of its GPU."""
 
-    loading: str | None = None
-    """Work of the lane before it can train, in words; None afterwards."""
+    busy: str | None = None
+    """What the lane does where it does not train, in words: it loads the base, or waits for a disk."""
 
 
 News = Ready | Report | Failure | Return | Gone | Lost

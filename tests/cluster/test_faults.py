@@ -88,7 +88,9 @@ def test_a_full_folder_is_waited_out_and_a_killed_driver_is_followed_by_a_ray_jo
     size = run.events_file.stat().st_size
     time.sleep(10)
     assert run.events_file.stat().st_size == size  # it does stand still
-    assert process.poll() is None, (tmp_path / "search.log").read_text()[-3000:]
+    said = (tmp_path / "search.log").read_text()
+    assert process.poll() is None, said[-3000:]
+    assert "waiting up to 300 s: [Errno 28] No space left on device" in said
     filler.unlink()
     events = wait_for(run, "later report", lambda events: reports(events) > n_before + 2)
     assert not SearchState(events).numbers("failed")

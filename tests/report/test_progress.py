@@ -87,6 +87,17 @@ def test_pulses_move_the_steps_and_the_view_between_two_reports() -> None:
     assert progress.activity().done == 11 and progress.activity().total == 15
 
 
+def test_a_lane_that_waits_for_its_disk_says_so_once() -> None:
+    output = io.StringIO()
+    progress = Progress(searching(), config(), RUNGS, Console(file=output, width=200))
+    for _ in range(3):
+        progress.beat({"0": Pulse({}, 0.0, 0.0, busy="waiting up to 300 s: No space left on device")})
+    assert output.getvalue() == "lane 0: waiting up to 300 s: No space left on device\n"
+    assert progress._lanes()[0].endswith(", waiting up to 300 s: No space left on device")
+    progress.beat({"0": Pulse({1: 1}, 9.0, 1.0)})
+    assert progress._lanes()[0].endswith("9 tokens/s, peak 1 MiB")
+
+
 def test_many_lanes_share_a_line_and_each_lost_one_has_its_own() -> None:
     state = SearchState([SESSION, *(LaneUp(str(index), 1, 8, {}) for index in range(10)), *history_of(0, {})])
     state.apply(LaneLost("9", "node died", for_good=True, blames_trials=False))

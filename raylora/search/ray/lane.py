@@ -193,7 +193,7 @@ def _load(settings: LaneSettings, run: RunDirectory) -> Engine | PackedEngine:
 def _tell_broker(settings: LaneSettings, activity: Activity) -> None:
     """Send a pulse of a lane that cannot train yet, or cannot write its checkpoint."""
     how_far = f": {activity.done:,} of {activity.total:,}" if activity.total > 1 else ""
-    pulse = Pulse({}, 0.0, 0.0, loading=f"{activity.what}{how_far}")
+    pulse = Pulse({}, 0.0, 0.0, busy=f"{activity.what}{how_far}")
     settings.broker.beat.remote(settings.name, pulse)
 
 
