@@ -18,8 +18,8 @@ smoke: setup                  ## the same with a tiny random model, about a minu
 test: setup model             ## all tests
 	$(RUN) -m pytest
 
-cluster: setup                ## `ray up` and a search on three hosts made of this machine, as root, about eight minutes
-	$(RUN) -m pytest -m cluster tests/cluster
+cluster: setup                ## `ray up`, searches and faults on hosts made of this machine, as root, a quarter of an hour
+	$(RUN) -m pytest -rs -m cluster tests/cluster
 
 lint: setup
 	$(RUN) -m ruff format --check .

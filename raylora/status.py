@@ -14,6 +14,7 @@ from raylora.run.activity import read_activity
 from raylora.run.directory import existing_run
 from raylora.run.holding import user_of_run
 from raylora.run.state import SearchState
+from raylora.search.forecast import tokens_per_step
 from raylora.search.messages import Pulse
 
 
@@ -23,7 +24,10 @@ def status(run_directory: Annotated[Path, typer.Argument(help="Folder or URL of 
     run, screen = existing_run(run_directory), console()
     state, activity = SearchState.load(run), read_activity(run.activity_file)
     user = user_of_run(run)
-    progress = Progress(state, run.config(), run.provenance()["rungs"], screen)
+    config, provenance = run.config(), run.provenance()
+    train = provenance["data"]["train"]
+    tokens = tokens_per_step(config.training, tokens=train["tokens"], rows=train["rows"])
+    progress = Progress(state, config, provenance["rungs"], screen, tokens_per_step=tokens)
     if user is not None and activity is not None and activity.what == SEARCHING:
         progress.beat({name: _pulse(values) for name, values in activity.facts["pulses"].items()})
     screen.print(progress.view())

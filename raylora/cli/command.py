@@ -5,6 +5,7 @@
 
 import errno
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 
 from raylora.errors import ConfigError, MergeError, RayloraError, SearchError, TrackerError, TrialError
 from raylora.quiet import quiet_libraries
 from raylora.run.directory import url_of
+from raylora.run.outage import PASSING
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Typer context settings for commands that take `--section.key value`."""
@@ -39,10 +42,11 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
             raise typer.Exit(
                 FAILED if isinstance(error, SearchError | TrialError | MergeError | TrackerError) else REFUSED
             ) from error
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except (OSError, SafetensorError) as error:
+            cause = getattr(error, "cause", error)
+            if getattr(cause, "errno", None) not in PASSING and os.strerror(errno.ENOSPC) not in str(cause):
                 raise
-            _show(error)
+            _show(cause)
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(INTERRUPTED) from error

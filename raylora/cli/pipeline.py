@@ -29,6 +29,7 @@ from raylora.run.parts import pull_events
 from raylora.run.provenance import write_provenance
 from raylora.run.state import SearchState
 from raylora.search.controller import SearchController
+from raylora.search.forecast import tokens_per_step
 from raylora.search.messages import Pulse
 from raylora.search.plan import Plan, make_plan
 from raylora.search.ray.cluster import call_on_device, cluster_devices, connected, local_devices, local_ray
@@ -102,7 +103,9 @@ def _search(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[]
     controller = SearchController(plan.config, plan.rungs, log, events=events, n_lanes=plan.n_lanes)
     broker = start_broker()
     try:
-        with Progress(controller.state, plan.config, plan.rungs, screen, str(run.logs)) as progress:
+        train = plan.data.summaries["train"]
+        tokens = tokens_per_step(plan.config.training, tokens=train.tokens, rows=train.rows)
+        with Progress(controller.state, plan.config, plan.rungs, screen, str(run.logs), tokens) as progress:
             views = Views(run, plan.config, controller.state, events, progress.note)
             controller.listen(progress.show)
             controller.listen(views.add)

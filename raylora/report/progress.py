@@ -40,13 +40,20 @@ class Progress:
         rungs: optimizer steps at which trials are compared.
         console: shows it.
         logs: folder of logs, named where a lane is lost.
+        tokens_per_step: as for `Forecaster`.
     """
 
     def __init__(
-        self, state: SearchState, config: SearchConfig, rungs: list[int], console: Console, logs: str = "logs"
+        self,
+        state: SearchState,
+        config: SearchConfig,
+        rungs: list[int],
+        console: Console,
+        logs: str = "logs",
+        tokens_per_step: float | None = None,
     ) -> None:
         self._state, self._n_trials, self._console, self._logs = state, config.n_trials(), console, logs
-        self._forecaster = Forecaster(config, rungs)
+        self._forecaster = Forecaster(config, rungs, tokens_per_step)
         self._pulses: Mapping[str, Pulse] = {}
         self._began, self._shown_at = time.time(), time.monotonic()
         self._live = (

@@ -6,7 +6,7 @@ from raylora.config.schema import SearchConfig
 from raylora.data.prepare import PreparedData
 from raylora.report.progress import duration
 from raylora.run.state import SearchState
-from raylora.search.forecast import Forecaster
+from raylora.search.forecast import Forecaster, tokens_per_step
 from raylora.search.plan import Plan
 from raylora.search.speed import Speed
 from raylora.training.memory import Fit
@@ -99,8 +99,7 @@ def _time(plan: Plan, speed: Speed | None) -> str:
     if speed is None:
         return f"unknown before the first steps; about {steps}"
     train, validation = plan.data.summaries["train"], plan.data.summaries["validation"]
-    rows = plan.config.training.per_device_train_batch_size * plan.config.training.gradient_accumulation_steps
-    tokens = forecast.steps_left * rows * train.tokens / train.rows
+    tokens = forecast.steps_left * tokens_per_step(plan.config.training, tokens=train.tokens, rows=train.rows)
     seconds = tokens / speed.tokens_per_second + forecast.reports_left * speed.seconds_per_report * validation.tokens
     return (
         f"{duration(seconds / plan.n_lanes)} for about {steps}, at the speed of {speed.measured}; merge and held-out "

@@ -1,11 +1,19 @@
 """Forecasts a search from what has been trained: steps and validations that are left, and the seconds they take."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
-from raylora.config.schema import SearchConfig
+from raylora.config.schema import SearchConfig, TrainingSection
 from raylora.run.state import SearchState
 from raylora.run.trial_row import TrialRow
+
+PASS_TOKENS = {"cpu": 40.0, "cuda": 500.0}
+"""What a pack's step costs beside its trials' own tokens, in tokens: the base is dequantized once for all of them.
+
+On two CPU cores packs of 3 and 9 gave 43, and packs of 1 and 8 gave 38 (benchmarks/search.md). The figure for a GPU is
+a prediction."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +39,23 @@ class Forecast:
 class Forecaster:
     """Forecasts the end of a search.
 
+    Its time is counted in loads. A step of one trial is a load of 1, and each step that a lane's pack takes together is
+    one of `PASS_TOKENS / tokens_per_step` more, whoever is in it. So late rungs, which few trials reach, are slow.
+
     Args:
         config: settings of the search.
         rungs: optimizer steps at which trials are compared, ascending; the last is the full budget.
+        tokens_per_step: tokens of a trial's optimizer step; None if they are not known, which leaves packs out.
     """
 
-    def __init__(self, config: SearchConfig, rungs: list[int]) -> None:
+    def __init__(self, config: SearchConfig, rungs: list[int], tokens_per_step: float | None = None) -> None:
         self._search, self._n_trials, self._rungs = config.search, config.n_trials(), rungs
+        self._tokens_per_step = tokens_per_step
         self._up_at: float | None = None
         """Time at which the first lane of this session was up."""
 
-        self._done_before = 0
-        """Steps that had been done by then."""
+        self._load_before = 0.0
+        """Load that had been done by then."""
 
     def forecast(self, state: SearchState, now: float, steps: Mapping[int, int] | None = None) -> Forecast:
         """Return how far the search is.
@@ -52,43 +65,103 @@ class Forecaster:
             now: seconds since 1970.
             steps: running trial -> its step, where it is past its last report.
         """
-        past = {number: step - state.trials[number].step for number, step in (steps or {}).items()}
-        done = state.totals.steps + sum(past.values())
+        steps = steps or {}
+        done = state.totals.steps + sum(step - state.trials[number].step for number, step in steps.items())
+        admitted = self._admitted(state)
+        expected = self._expected(admitted)
+        left, reports_left = self._left(state, steps, admitted, expected)
+        loads = self._loads(state, expected)
+        reported = self._reported(state, loads)
+        load = reported + sum(
+            _load(step, self._rungs, loads) - _load(state.trials[number].step, self._rungs, loads)
+            for number, step in steps.items()
+        )
         if state.lanes and self._up_at is None:
-            self._up_at, self._done_before = now, done
-        steps_left, reports_left = self._left(state, past)
-        n_lanes = sum(lane.up for lane in state.lanes.values())
-        seconds = self._seconds(state, now, done, steps_left, reports_left)
-        return Forecast(done, steps_left, reports_left, None if seconds is None or not n_lanes else seconds / n_lanes)
+            self._up_at, self._load_before = now, load
+        load_left = sum(n * each for n, each in zip(left, loads, strict=True))
+        n_lanes, seconds = sum(lane.up for lane in state.lanes.values()), None
+        if state.totals.reported_steps:
+            training = load_left * state.totals.train_seconds / reported
+            seconds = training + reports_left * state.seconds_per_report()
+        elif self._up_at is not None and load > self._load_before:  # before the first report, the clock tells
+            seconds = load_left * max(1, len(state.lanes)) * (now - self._up_at) / (load - self._load_before)
+        return Forecast(done, sum(left), reports_left, None if seconds is None or not n_lanes else seconds / n_lanes)
 
-    def _seconds(self, state: SearchState, now: float, done: int, steps: int, reports: int) -> float | None:
-        """Return the seconds of a lane that the rest takes: by what reports say, else by the clock."""
-        totals = state.totals
-        if not totals.reported_steps:
-            if self._up_at is None or done <= self._done_before:
-                return None
-            n_lanes = max(1, len(state.lanes))
-            return steps * n_lanes * (now - self._up_at) / (done - self._done_before)
-        return steps * totals.train_seconds / totals.reported_steps + reports * state.seconds_per_report()
-
-    def _left(self, state: SearchState, past: Mapping[int, int]) -> tuple[int, int]:
-        """Return the steps and reports of trials on their way to a rung, and of those that will be admitted to one."""
+    def _admitted(self, state: SearchState) -> list[int]:
+        """Return the trials that were admitted to each rung so far."""
         standing = state.totals.standing
-        on_way = [state.trials[number] for number in state.numbers("queued", "running")]
-        steps = sum(max(0, self._goal(row) - row.step - past.get(row.number, 0)) for row in on_way)
-        reports, expected = len(on_way), self._n_trials
-        for index, (before, rung) in enumerate(zip([0, *self._rungs], self._rungs, strict=False)):
-            admitted = state.n_proposed()
-            if index:
-                waits = standing[before, "queued"] + standing[before, "running"]
-                admitted = waits + sum(n for (step, _), n in tuple(standing.items()) if step >= rung)
-                least = self._search.finalists if rung == self._rungs[-1] else 1
-                expected = max(admitted, expected // self._search.reduction_factor, min(expected, least))
-            steps += max(0, expected - admitted) * (rung - before)
-            reports += max(0, expected - admitted)
-        missing = self._search.repeat_best * self._search.repeats - (len(state.trials) - state.n_proposed())
-        return steps + max(0, missing) * self._rungs[-1], reports + max(0, missing)
+        return [state.n_proposed()] + [
+            standing[before, "queued"]
+            + standing[before, "running"]
+            + sum(n for (step, _), n in tuple(standing.items()) if step >= rung)
+            for before, rung in pairwise(self._rungs)
+        ]
+
+    def _expected(self, admitted: list[int]) -> list[int]:
+        """Return the trials that will have been admitted to each rung, were they promoted as halving usually does."""
+        expected = [self._n_trials]
+        for rung, so_far in zip(self._rungs[1:], admitted[1:], strict=True):
+            least = self._search.finalists if rung == self._rungs[-1] else 1
+            promoted = expected[-1] // self._search.reduction_factor
+            expected.append(max(so_far, promoted, min(expected[-1], least)))
+        return expected
+
+    def _left(
+        self, state: SearchState, steps: Mapping[int, int], admitted: list[int], expected: list[int]
+    ) -> tuple[list[int], int]:
+        """Return the steps to each rung and the reports that are left.
+
+        They are those of trials on their way to a rung, and of trials that will be admitted to one.
+        """
+        left, reports = [0] * len(self._rungs), 0
+        for number in state.numbers("queued", "running"):
+            row = state.trials[number]
+            goal = self._goal(row)
+            left[self._rungs.index(goal)] += max(0, goal - steps.get(number, row.step))
+            reports += 1
+        for index, (before, rung) in enumerate(pairwise([0, *self._rungs])):
+            missing = max(0, expected[index] - admitted[index])
+            left[index] += missing * (rung - before)
+            reports += missing
+        missing = max(0, self._search.repeat_best * self._search.repeats - (len(state.trials) - state.n_proposed()))
+        left[-1] += missing * self._rungs[-1]
+        return left, reports + missing
+
+    def _loads(self, state: SearchState, expected: list[int]) -> list[float]:
+        """Return the load of a trial's step on its way to each rung, with its part of the pack's own."""
+        up = [lane for lane in state.lanes.values() if lane.up]
+        if self._tokens_per_step is None or not up:
+            return [1.0] * len(self._rungs)
+        own = PASS_TOKENS["cpu" if up[0].facts.get("device", "cpu") == "cpu" else "cuda"] / self._tokens_per_step
+        slots = max(lane.slots for lane in up)
+        return [1.0 + own / max(1, min(slots, math.ceil(n / len(up)))) for n in expected]
+
+    def _reported(self, state: SearchState, loads: list[float]) -> float:
+        """Return the load behind `Totals.reported_steps`."""
+        standing = [(step, n) for (step, _), n in tuple(state.totals.standing.items()) if n]
+        repeated = state.totals.reported_steps - sum(n * step for step, n in standing)
+        return sum(n * _load(step, self._rungs, loads) for step, n in standing) + repeated * loads[-1]
 
     def _goal(self, row: TrialRow) -> int:
         """Return the step at which a trial reports next."""
         return next((rung for rung in self._rungs if rung > row.step and row.repeat_of is None), self._rungs[-1])
+
+
+def tokens_per_step(training: TrainingSection, *, tokens: int, rows: int) -> float:
+    """Return the mean tokens of a trial's optimizer step.
+
+    Args:
+        training: settings of the search; a space that names other batch sizes is left out.
+        tokens: tokens of all training rows.
+        rows: number of training rows.
+    """
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * tokens / rows
+
+
+def _load(step: int, rungs: list[int], loads: list[float]) -> float:
+    """Return the load of a trial's first `step` steps."""
+    return sum(
+        load * (min(step, rung) - before)
+        for (before, rung), load in zip(pairwise([0, *rungs]), loads, strict=True)
+        if step > before
+    )

@@ -1,6 +1,8 @@
 """Override parsing, the doctor, the console script and a single trial."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from ray.exceptions import RayTaskError
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from raylora import doctor
 from raylora.cli.app import app
-from raylora.cli.command import parse_overrides, split_arguments
+from raylora.cli.command import command, parse_overrides, split_arguments
 from raylora.config.load import dump_config
 from raylora.config.schema import SearchConfig
 from raylora.errors import ConfigError
@@ -25,6 +30,27 @@ def test_both_forms_of_overrides_are_read() -> None:
     assert parse_overrides(["--a", "-3"]) == {"a": "-3"}
     with pytest.raises(ConfigError, match="--a needs a value"):
         parse_overrides(["--a"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EROFS, os.strerror(errno.EROFS)),
+        # as safetensors says it
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+@pytest.mark.parametrize("is_of_a_task", [False, True])
+def test_a_disk_that_takes_nothing_is_one_line(
+    error: Exception, is_of_a_task: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise RayTaskError("merge_run", "a traceback\nof Ray", error).as_instanceof_cause() if is_of_a_task else error
+
+    with pytest.raises(typer.Exit) as ended:
+        command(fails)()
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 COMMANDS = ("search", "trial", "merge", "evaluate", "report", "compare", "export", "doctor", "init", "status")

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from raylora.run.directory import RunDirectory
 from raylora.run.events import SessionStarted, read_events
 from raylora.run.state import SearchState
+from raylora.testing import make_rows, make_tiny_model
 from tests.cluster.hosts import Host, Lab, missing
 from tests.cluster.searches import check_that_nothing_is_lost, lanes_on, lost_lanes, reports, wait_for
 
@@ -20,6 +22,20 @@ pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, rea
 
 SHARED_MIB = 64
 """Size of the shared folder."""
+
+
+AUTOSCALER = {
+    "cluster_name": "from-zero",
+    "max_workers": 2,
+    "idle_timeout_minutes": 5,
+    "provider": {"type": "fake_multinode"},
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+    },
+    "head_node_type": "ray.head.default",
+}
+"""Settings of Ray's autoscaler, whose nodes are processes of the head's host."""
 
 
 def search(name: str, *settings: str) -> str:
@@ -38,22 +54,28 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SHARED_MIB}m", "tmpfs", str(made.shared)])
     assert mounted.returncode == 0
     try:
-        for name, address in (("head", 10), ("worker1", 11), ("worker2", 12)):
-            host = made.add(name, address)
-            (host.home / ".bashrc").write_text(f"export RAY_AUTH_MODE=token PATH={ROOT}/.venv/bin:$PATH\n")
-            (host.home / ".ray").mkdir()
-            (host.home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
-        head = made.hosts["head"]
-        for part in ("search_spaces", "examples"):
-            shutil.copytree(ROOT / part, head.home / "project" / part)
-        made.ssh(head, "cd ~/project && python -m raylora.testing examples/tiny")
+        head = host_with_project(made, "head", 10)
         made.ssh(head, "ray start --head --num-cpus=1 --port=6379 --dashboard-host=127.0.0.1")
-        join(made, made.hosts["worker1"])
+        join(made, host_with_project(made, "worker1", 11))
+        host_with_project(made, "worker2", 12)
         yield made
     finally:
         made.close()
         subprocess.run(["umount", str(made.shared)], check=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def host_with_project(lab: Lab, name: str, address: int) -> Host:
+    """Return a new host that has raylora, a token, and the files of a search."""
+    host = lab.add(name, address)
+    (host.home / ".bashrc").write_text(f"export RAY_AUTH_MODE=token PATH={ROOT}/.venv/bin:$PATH\n")
+    (host.home / ".ray").mkdir()
+    (host.home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
+    for part in ("search_spaces", "examples"):
+        shutil.copytree(ROOT / part, host.home / "project" / part)
+    make_tiny_model(host.home / "project" / "examples" / "tiny" / "model")
+    make_rows(host.home / "project" / "examples" / "tiny" / "rows.jsonl")
+    return host
 
 
 def join(lab: Lab, host: Host) -> None:
@@ -109,3 +131,16 @@ def test_a_full_folder_is_waited_out_and_a_killed_driver_is_followed_by_a_ray_jo
     for number in before.numbers("finished"):
         assert after.trials[number] == before.trials[number]
     assert run.page_file.is_file()
+
+
+def test_lanes_wait_for_an_autoscaler_that_starts_from_zero(lab: Lab, tmp_path: Path) -> None:
+    host = host_with_project(lab, "scaler", 13)
+    (host.home / "autoscaler.yaml").write_text(yaml.safe_dump(AUTOSCALER))
+    start = "ray start --head --num-cpus=0 --port=6379 --autoscaling-config=autoscaler.yaml"
+    lab.ssh(host, f"AUTOSCALER_UPDATE_INTERVAL_S=1 RAY_FAKE_CLUSTER=1 {start}")
+    run = RunDirectory(lab.shared / "from-zero")
+    process = lab.start_on("scaler", search("from-zero", "--training.max_steps 900"), tmp_path / "search.log")
+    assert process.wait(timeout=400) == 0, (tmp_path / "search.log").read_text()[-3000:]
+    events = list(read_events(run.events_file))
+    assert {lane for lane, _ in lanes_on(events, "scaler")} == {"0", "1"}
+    check_that_nothing_is_lost(events)

@@ -59,3 +59,30 @@ def test_validation_is_counted_by_report_and_training_by_step() -> None:
     row = state.trials[0]
     seconds = 68 * row.train_seconds / 4 + n_reports * (row.eval_seconds + row.other_seconds)
     assert forecast.seconds_left == pytest.approx(seconds)
+
+
+def test_steps_of_late_rungs_take_longer_since_few_trials_share_a_pass() -> None:
+    # a pass costs as much as 2 trials: packs of 8, 4 and 3 take 10, 6 and 5 where a trial's step takes 1
+    forecaster, state = Forecaster(config(), RUNGS, tokens_per_step=20.0), state_of(*history_of(0, {}))
+    forecaster.forecast(state, 100.0)
+    # 4 steps of one trial, each an eighth of a pass of 10, in 10 seconds
+    loads = 10 / 8, 6 / 4, 5 / 3
+    left = (32 - 4) * loads[0] + 16 * loads[1] + 24 * loads[2]
+    said = forecaster.forecast(state, 110.0, {0: 4}).seconds_left
+    assert said == pytest.approx(10 * left / (4 * loads[0]))
+    # once trials have reported, their own seconds tell: 3 to step 4, then 3 to step 8
+    state = state_of(*history_of(0, {4: 1.0, 8: 1.0}), Paused(0))
+    forecast = forecaster.forecast(state, 200.0)
+    done = 4 * loads[0] + 4 * loads[1]
+    left = 28 * loads[0] + 12 * loads[1] + 24 * loads[2]
+    training = state.trials[0].train_seconds * left / done
+    n_reports = 7 + 3 + 3
+    assert forecast.seconds_left == pytest.approx(training + n_reports * state.seconds_per_report())
+    assert forecast.steps_left == 28 + 12 + 24
+
+
+def test_a_gpus_pass_weighs_more_tokens_and_each_lane_has_its_own() -> None:
+    lanes = [LaneUp(name, 1, 8, {"device": "a GPU"}) for name in "01"]
+    state = SearchState([SESSION, *lanes])
+    loads = Forecaster(config(), RUNGS, tokens_per_step=500.0)._loads(state, [8, 4, 3])
+    assert loads == [1 + 1 / 4, 1 + 1 / 2, 1 + 1 / 2]

@@ -5,7 +5,8 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import ray
 import torch
 import yaml
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylora.errors import DeviceError
@@ -28,6 +30,9 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 ANSWER_SECONDS = 10.0
 """Time within which a cluster must answer."""
 
+NODE_SECONDS = 60.0
+"""Time within which its nodes should say which raylora they have; each starts a process for it."""
+
 LOCAL_ENVIRONMENT = {"RAY_worker_niceness": "0"}
 """Environment of a local Ray instance's processes, unless the user has set another. At Ray's own niceness of 15, lanes
 starve beside any other program (benchmarks/priority.json)."""
@@ -38,7 +43,7 @@ def connected(address: str) -> Iterator[None]:
     """Connect to a Ray cluster that is already there.
 
     Raises:
-        DeviceError: none answers there, or its Ray or Python is of another version.
+        DeviceError: none answers there, its Ray or Python is of another version, or a node lacks raylora.
     """
     try:
         host, separator, port = address.rpartition(":")
@@ -47,11 +52,42 @@ def connected(address: str) -> Iterator[None]:
         ray.init(address=address, **QUIET)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise DeviceError(f"no Ray cluster can be used at {address}: {reason}") from error
+        cure = "start one by `ray up` or `ray start --head`, or leave --address out to use this machine alone"
+        raise DeviceError(f"no Ray cluster can be used at {address}: {reason}; {cure}") from error
     try:
+        _check_nodes()
         yield
     finally:
         ray.shutdown()
+
+
+def _check_nodes() -> None:
+    """Check that each node that is up has this version of raylora; one that is slow to answer is passed over.
+
+    Raises:
+        DeviceError: a node lacks it, or has another version.
+    """
+
+    def installed() -> str | None:  # a function in a function travels by value, to nodes without raylora too
+        try:
+            return metadata.version("raylora")
+        except metadata.PackageNotFoundError:
+            return None
+
+    answers = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(installed)
+            answers[remote.remote()] = node["NodeManagerHostname"]
+    for answer in ray.wait([*answers], num_returns=len(answers), timeout=NODE_SECONDS)[0]:
+        with suppress(RayError):  # a node that dies meanwhile
+            if (found := ray.get(answer)) != installed():
+                here, there = f"raylora {installed()}", "no raylora" if found is None else f"raylora {found}"
+                raise DeviceError(
+                    f"node {answers[answer]} has {there}, and this one has {here}; install the same on every node, "
+                    "as clusters/setup.sh does"
+                )
 
 
 @contextmanager

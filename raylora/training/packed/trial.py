@@ -209,15 +209,7 @@ class PackedTrial:
             OSError: it took nothing for long.
         """
         directory = self.directory / f"checkpoint-{self.step}"
-        tensors = {name: tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
-        state = BytesIO()
-        torch.save(self._state(), state)
-        # as bytes: where a disk is full, neither safetensors nor torch raises an OSError
-        files: dict[str, bytes | memoryview] = {
-            "adapter_model.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"}),
-            "trial_state.pt": state.getbuffer(),
-        }
-        wait_out(partial(self._write, directory, files), note=lambda text: tell(text, 0, 1))
+        wait_out(partial(self._write, directory), note=lambda text: tell(text, 0, 1))
         kept = {directory, self._reported_checkpoint}
         for old in set(self.directory.glob("checkpoint-*")) - kept:
             shutil.rmtree(old)
@@ -225,13 +217,20 @@ class PackedTrial:
             self._reported_checkpoint = directory
         return directory
 
-    def _write(self, directory: Path, files: dict[str, bytes | memoryview]) -> None:
-        """Write a checkpoint's folder at once."""
+    def _write(self, directory: Path) -> None:
+        """Write a checkpoint's folder at once.
+
+        Files are made in memory, since on a full disk neither safetensors nor torch raises an OSError.
+        """
         with replacing(directory) as temporary:
             temporary.mkdir()
             self.peft_config.save_pretrained(temporary)
-            for name, content in files.items():
-                (temporary / name).write_bytes(content)
+            tensors = {name: tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
+            content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+            (temporary / "adapter_model.safetensors").write_bytes(content)
+            state = BytesIO()
+            torch.save(self._state(), state)
+            (temporary / "trial_state.pt").write_bytes(state.getbuffer())
 
     def _state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the adapter, independent of device and of rank padding."""

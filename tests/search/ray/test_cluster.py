@@ -11,6 +11,7 @@ import pytest
 import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.cluster_utils import Cluster
 
 from raylora.errors import DeviceError
 from raylora.search.ray import cluster
@@ -120,8 +121,35 @@ def test_the_set_up_is_done_in_a_moment_where_nothing_has_changed_and_asks_for_t
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense"])
 def test_an_address_where_no_cluster_is_is_named_at_once(address: str) -> None:
-    with pytest.raises(DeviceError, match=f"no Ray cluster can be used at {address}: "), connected(address):
+    with (
+        pytest.raises(DeviceError, match=f"no Ray cluster can be used at {address}: .* leave --address out"),
+        connected(address),
+    ):
         pass
+
+
+@pytest.mark.ray
+def test_a_node_without_the_package_is_named(tmp_path: Path) -> None:
+    # Python runs this file whenever a process of the node starts
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as metadata\n"
+        "version = metadata.version\n"
+        "def hidden(name):\n"
+        "    if name == 'raylora':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "metadata.version = hidden\n"
+    )
+    local = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        with connected(local.address):
+            pass  # the head has it
+        local.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path)})
+        message = r"node \S+ has no raylora, and this one has raylora \S+; install the same on every node"
+        with pytest.raises(DeviceError, match=message), connected(local.address):
+            pass
+    finally:
+        local.shutdown()
 
 
 def test_a_cluster_of_another_version_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
