@@ -28,7 +28,8 @@ N_TRIALS, STEPS = 8, 800
 SEARCH = (
     "cd ~/project && python -m raylora.search search_spaces/smoke.yaml --address auto --device cpu "
     f"--search.n_trials {N_TRIALS} --search.scheduler none --search.trials_per_gpu 2 --training.max_steps {STEPS} "
-    "--merge.strategy stochastic --evaluation.max_new_tokens 1 --training.per_device_train_batch_size 8"
+    "--training.per_device_train_batch_size 8 --merge.strategy stochastic --merge.tolerance 1 "
+    "--evaluation.max_new_tokens 1"
 )
 
 

@@ -335,7 +335,6 @@ def _resume(search: Search) -> dict[str, float]:
     assert controller.state.trials == search.controller.state.trials
     controller._sampler.propose(len(controller.state.trials))
     proposed = time.process_time()
-    log.close()
     return {
         "events": len(events),
         "read_seconds": read - began,

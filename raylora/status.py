@@ -14,7 +14,7 @@ from raylora.run.activity import read_activity
 from raylora.run.directory import existing_run
 from raylora.run.holding import user_of_run
 from raylora.run.state import SearchState
-from raylora.search.forecast import tokens_per_step
+from raylora.search.forecast import Sizes
 from raylora.search.messages import Pulse
 
 
@@ -25,9 +25,8 @@ def status(run_directory: Annotated[Path, typer.Argument(help="Folder or URL of 
     state, activity = SearchState.load(run), read_activity(run.activity_file)
     user = user_of_run(run)
     config, provenance = run.config(), run.provenance()
-    train = provenance["data"]["train"]
-    tokens = tokens_per_step(config.training, tokens=train["tokens"], rows=train["rows"])
-    progress = Progress(state, config, provenance["rungs"], screen, tokens_per_step=tokens)
+    sizes = Sizes.of(config.training, provenance["data"])
+    progress = Progress(state, config, provenance["rungs"], screen, sizes=sizes)
     if user is not None and activity is not None and activity.what == SEARCHING:
         progress.beat({name: _pulse(values) for name, values in activity.facts["pulses"].items()})
     screen.print(progress.view())

@@ -3,9 +3,7 @@
 0: done. 1: the work failed. 2: the settings, data, model or machine do not allow it to start. 130: interrupted.
 """
 
-import errno
 import functools
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from safetensors import SafetensorError
 from raylora.errors import ConfigError, MergeError, RayloraError, SearchError, TrackerError, TrialError
 from raylora.quiet import quiet_libraries
 from raylora.run.directory import url_of
-from raylora.run.outage import PASSING
+from raylora.run.outage import is_of_the_disk
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Typer context settings for commands that take `--section.key value`."""
@@ -44,7 +42,7 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
             ) from error
         except (OSError, SafetensorError) as error:
             cause = getattr(error, "cause", error)
-            if getattr(cause, "errno", None) not in PASSING and os.strerror(errno.ENOSPC) not in str(cause):
+            if not is_of_the_disk(cause):
                 raise
             _show(cause)
             raise typer.Exit(FAILED) from error

@@ -1,8 +1,7 @@
 """Goes from settings to a checked merged model: search, merge, held-out check and report."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from raylora.run.parts import pull_events
 from raylora.run.provenance import write_provenance
 from raylora.run.state import SearchState
 from raylora.search.controller import SearchController
-from raylora.search.forecast import tokens_per_step
+from raylora.search.forecast import Sizes
 from raylora.search.messages import Pulse
 from raylora.search.plan import Plan, make_plan
 from raylora.search.ray.cluster import call_on_device, cluster_devices, connected, local_devices, local_ray
@@ -103,9 +102,8 @@ def _search(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[]
     controller = SearchController(plan.config, plan.rungs, log, events=events, n_lanes=plan.n_lanes)
     broker = start_broker()
     try:
-        train = plan.data.summaries["train"]
-        tokens = tokens_per_step(plan.config.training, tokens=train.tokens, rows=train.rows)
-        with Progress(controller.state, plan.config, plan.rungs, screen, str(run.logs), tokens) as progress:
+        sizes = Sizes.of(plan.config.training, plan.data.facts())
+        with Progress(controller.state, plan.config, plan.rungs, screen, str(run.logs), sizes) as progress:
             views = Views(run, plan.config, controller.state, events, progress.note)
             controller.listen(progress.show)
             controller.listen(views.add)
@@ -120,8 +118,8 @@ def _search(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[]
         screen.print(f"interrupted; everything is kept. Go on with: --output {run.location} --resume")
         raise
     finally:
-        log.close()
-        run.activity_file.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that takes nothing, the error before it matters
+            run.activity_file.unlink(missing_ok=True)
 
 
 def _finish(
@@ -172,7 +170,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "base_model": base.name,
         "base_model_commit": base.revision if not Path(base.name).exists() else None,
         "data_fingerprint": plan.data.fingerprint,
-        "data": {part: asdict(summary) for part, summary in plan.data.summaries.items()},
+        "data": plan.data.facts(),
         "rungs": plan.rungs,
         "on_gpu": plan.on_gpu,
         "n_lanes": plan.n_lanes,

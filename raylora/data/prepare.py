@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -62,6 +63,10 @@ class PreparedData:
     def tokenizer(self, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         """Load the tokenizer that made the tokens, with its chat template."""
         return AutoTokenizer.from_pretrained(self.tokens_dir / TOKENIZER, trust_remote_code=trust_remote_code)
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Return part -> fields of its summary."""
+        return {part: dataclasses.asdict(summary) for part, summary in self.summaries.items()}
 
     def notes(self) -> list[str]:
         """Return what a user should know about the rows, one sentence each. More than a few per cent is a warning."""

@@ -15,7 +15,7 @@ from raylora.run.activity import Activity
 from raylora.run.events import Event, Failed, Finished, LaneLost, LaneUp, Reported, Stopped
 from raylora.run.state import ENDED, STATES, Lane, SearchState
 from raylora.run.trial_row import TrialRow
-from raylora.search.forecast import Forecaster
+from raylora.search.forecast import Forecaster, Sizes
 from raylora.search.messages import Pulse
 
 MAX_ROWS = 16
@@ -40,7 +40,7 @@ class Progress:
         rungs: optimizer steps at which trials are compared.
         console: shows it.
         logs: folder of logs, named where a lane is lost.
-        tokens_per_step: as for `Forecaster`.
+        sizes: as for `Forecaster`.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Progress:
         rungs: list[int],
         console: Console,
         logs: str = "logs",
-        tokens_per_step: float | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
         self._state, self._n_trials, self._console, self._logs = state, config.n_trials(), console, logs
-        self._forecaster = Forecaster(config, rungs, tokens_per_step)
+        self._forecaster = Forecaster(config, rungs, sizes)
         self._pulses: Mapping[str, Pulse] = {}
         self._began, self._shown_at = time.time(), time.monotonic()
         self._live = (
@@ -97,7 +97,7 @@ class Progress:
             return
         for name, lane in self._state.lanes.items():
             pulse = pulses.get(name)
-            if lane.up and pulse is not None and pulse.busy and pulse != before.get(name):
+            if lane.up and pulse is not None and pulse.busy and not (name in before and before[name].busy):
                 self.note(f"lane {name}: {pulse.busy}")
         if pulses != before and time.monotonic() - self._shown_at >= LINE_SECONDS:
             self.note(self.summary() if self._state.lanes else "; ".join(self._lanes()))

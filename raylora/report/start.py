@@ -6,7 +6,7 @@ from raylora.config.schema import SearchConfig
 from raylora.data.prepare import PreparedData
 from raylora.report.progress import duration
 from raylora.run.state import SearchState
-from raylora.search.forecast import Forecaster, tokens_per_step
+from raylora.search.forecast import Forecaster, Sizes
 from raylora.search.plan import Plan
 from raylora.search.speed import Speed
 from raylora.training.memory import Fit
@@ -98,9 +98,9 @@ def _time(plan: Plan, speed: Speed | None) -> str:
     steps = f"{forecast.steps_left:,} steps of all trials together"
     if speed is None:
         return f"unknown before the first steps; about {steps}"
-    train, validation = plan.data.summaries["train"], plan.data.summaries["validation"]
-    tokens = forecast.steps_left * tokens_per_step(plan.config.training, tokens=train.tokens, rows=train.rows)
-    seconds = tokens / speed.tokens_per_second + forecast.reports_left * speed.seconds_per_report * validation.tokens
+    sizes = Sizes.of(plan.config.training, plan.data.facts())
+    training = forecast.steps_left * sizes.step / speed.tokens_per_second
+    seconds = training + forecast.reports_left * speed.seconds_per_report * sizes.validation
     return (
         f"{duration(seconds / plan.n_lanes)} for about {steps}, at the speed of {speed.measured}; merge and held-out "
         "check come after"

@@ -15,7 +15,7 @@ from typing import Any
 
 from raylora.errors import RunDirectoryError
 from raylora.run.atomic import sync_one
-from raylora.run.outage import wait_out
+from raylora.run.outage import PATIENCE_SECONDS, wait_out
 from raylora.run.parts import EventParts
 
 
@@ -180,7 +180,7 @@ _KINDS = {
 
 
 class EventLog:
-    """The open log of one session. Appended events are collected until `flush`, which returns when they are on disk."""
+    """The log of one session. Appended events are collected until `flush`, which returns when they are on disk."""
 
     def __init__(
         self,
@@ -199,12 +199,15 @@ class EventLog:
         """
         self._path, self._clock, self._parts, self._note = path, clock, parts, note
         self._lines: list[str] = []
+        self._patience = PATIENCE_SECONDS
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
+        path.touch()
         self._size = path.read_bytes().rfind(b"\n") + 1
         """Bytes of whole lines."""
 
-        self._file.truncate(self._size)
+        self._is_torn = True
+        """True if bytes may lie behind them: those of a try that failed, or of a session that was killed."""
+
         sync_one(path.parent)
 
     def append(self, event: Event) -> Event:
@@ -219,29 +222,37 @@ class EventLog:
         An outage of either is waited out.
 
         Raises:
-            RunDirectoryError: object storage does not take them, or another search writes there; or likewise
-            OSError: the disk is full or gone; nothing that the events say may be acted on.
+            RunDirectoryError: another search writes there, or object storage does not take them.
+            OSError: the disk is full or gone. Either way nothing that the events say may be acted on.
         """
         if self._lines:
             content = "".join(self._lines).encode()
             if self._parts is not None:
                 self._parts.add(content)
-            wait_out(partial(self._write, content), self._note)
+            wait_out(partial(self._write, content), self._note, self._patience)
             self._lines.clear()
             if self._parts is not None:
                 self._parts.fold(self._path)
 
-    def _write(self, content: bytes) -> None:
-        self._file.truncate(self._size)  # what a try before this one has left
-        left = memoryview(content)
-        while left:
-            left = left[self._file.write(left) :]
-        os.fsync(self._file.fileno())
-        self._size += len(content)
+    def give_up_soon(self) -> None:
+        """Wait no outage out from now on."""
+        self._patience = 0.0
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def _write(self, content: bytes) -> None:
+        with self._path.open("r+b", buffering=0) as file:  # anew, since a handle does not outlive an outage of NFS
+            if self._is_torn:
+                file.truncate(self._size)
+            elif file.seek(0, os.SEEK_END) != self._size:
+                raise RunDirectoryError(
+                    f"{self._path} is written by another search too; one at a time: wait for it, or end it first"
+                )
+            self._is_torn = True
+            file.seek(self._size)
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        self._size, self._is_torn = self._size + len(content), False
 
 
 class EventReader:

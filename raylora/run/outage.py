@@ -1,6 +1,7 @@
 """Waits while a disk or a shared folder takes nothing: full, read-only for a while, or its server is away."""
 
 import errno
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,16 +13,22 @@ Result = TypeVar("Result")
 PATIENCE_SECONDS = 300.0
 """Time for which an outage is waited out where nothing can go on without the file or object. Our choice."""
 
+FIRST_PAUSE = 0.5
+"""Wait before the second try, in seconds. It doubles each time, up to the longest."""
+
 LONGEST_PAUSE = 10.0
 """Longest wait between two tries, in seconds. Our choice."""
 
-PASSING = frozenset(
-    {
-        errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN,
-        errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNREFUSED,
-    }
-)  # fmt: skip
-"""Errors that may pass: somebody frees space, mounts again, or mends the network. Refused access does not."""
+OF_DISKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+"""Errors of a disk or a shared folder that takes nothing."""
+
+PASSING = OF_DISKS | {
+    errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH
+}  # fmt: skip
+"""Errors that may pass: somebody frees space or mends the network. Refused access does not."""
+
+TEXTS = (os.strerror(errno.ENOSPC), "inline_container.cc")
+"""What safetensors and torch say of a full disk, in errors that are no `OSError`."""
 
 
 def wait_out(
@@ -37,14 +44,19 @@ def wait_out(
     Raises:
         OSError: it took nothing for so long, or for another reason.
     """
-    deadline, pause = time.monotonic() + patience, 0.5
+    deadline, pause = time.monotonic() + patience, FIRST_PAUSE
     while True:
         try:
             return write()
         except OSError as error:
             if error.errno not in PASSING or time.monotonic() + pause > deadline:
                 raise
-            if note is not None and pause == 0.5:
+            if note is not None and pause == FIRST_PAUSE:
                 note(f"waiting up to {patience:.0f} s: {first_line(error)}")
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Return True if an error says that a disk takes nothing, whichever library raised it."""
+    return getattr(error, "errno", None) in OF_DISKS or any(text in str(error) for text in TEXTS)

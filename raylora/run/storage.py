@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from raylora.errors import RunDirectoryError, first_line
-from raylora.run.outage import LONGEST_PAUSE, PATIENCE_SECONDS
+from raylora.run.outage import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE_SECONDS
 
 Result = TypeVar("Result")
 
@@ -163,7 +163,7 @@ class Storage:
             FileExistsError: the object is there already.
             RunDirectoryError: it failed otherwise.
         """
-        deadline, pause = time.monotonic() + self.patience, 0.5
+        deadline, pause = time.monotonic() + self.patience, FIRST_PAUSE
         while True:
             try:
                 return function(*self._fs)
@@ -173,7 +173,7 @@ class Storage:
                 is_definite = isinstance(error, DEFINITE) or REFUSED.search(f"{type(error).__name__} {error}")
                 if is_definite or time.monotonic() + pause > deadline:
                     raise RunDirectoryError(explain(self.url, error)) from error
-                if self.note is not None and pause == 0.5:
+                if self.note is not None and pause == FIRST_PAUSE:
                     self.note(f"{explain(self.url, error)}; trying again for {self.patience:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)

@@ -148,7 +148,8 @@ class SearchController:
         return dict(self._orders)
 
     def interrupt(self) -> None:
-        """Note that the user ended the session."""
+        """Note that the user ended the session, who will not wait for a disk."""
+        self._log.give_up_soon()
         self._record(Interrupted())
         self._log.flush()
 

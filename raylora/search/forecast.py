@@ -12,8 +12,34 @@ from raylora.run.trial_row import TrialRow
 PASS_TOKENS = {"cpu": 40.0, "cuda": 500.0}
 """What a pack's step costs beside its trials' own tokens, in tokens: the base is dequantized once for all of them.
 
-On two CPU cores packs of 3 and 9 gave 43, and packs of 1 and 8 gave 38 (benchmarks/search.md). The figure for a GPU is
+Measured on two CPU cores (benchmarks/search.md, "What a pass costs by itself"). The figure for a GPU is
 a prediction."""
+
+
+VALIDATION_SHARE = 1 / 3
+"""Time to validate a token over the time to train on one, which takes a backward pass too."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the data, in tokens."""
+
+    step: float
+    """Mean optimizer step of a trial; a space that names other batch sizes is left out."""
+
+    validation: int
+    """All validation rows."""
+
+    @classmethod
+    def of(cls, training: TrainingSection, parts: Mapping[str, Mapping[str, int]]) -> "Sizes":
+        """Return the sizes of a search's data.
+
+        Args:
+            training: settings of the search.
+            parts: part -> fields of `PartSummary`, as in `provenance.json`.
+        """
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        return cls(rows * parts["train"]["tokens"] / parts["train"]["rows"], parts["validation"]["tokens"])
 
 
 @dataclass(frozen=True)
@@ -39,18 +65,17 @@ class Forecast:
 class Forecaster:
     """Forecasts the end of a search.
 
-    Its time is counted in loads. A step of one trial is a load of 1, and each step that a lane's pack takes together is
-    one of `PASS_TOKENS / tokens_per_step` more, whoever is in it. So late rungs, which few trials reach, are slow.
+    Its time is counted in loads. A step of one trial is a load of 1. Each step of a pack costs
+    `PASS_TOKENS / sizes.step` loads more, however many trials share it. So late rungs, which few trials reach, are slow.
 
     Args:
         config: settings of the search.
         rungs: optimizer steps at which trials are compared, ascending; the last is the full budget.
-        tokens_per_step: tokens of a trial's optimizer step; None if they are not known, which leaves packs out.
+        sizes: sizes of the data; None if they are not known, which leaves out packs, and validation until it is timed.
     """
 
-    def __init__(self, config: SearchConfig, rungs: list[int], tokens_per_step: float | None = None) -> None:
-        self._search, self._n_trials, self._rungs = config.search, config.n_trials(), rungs
-        self._tokens_per_step = tokens_per_step
+    def __init__(self, config: SearchConfig, rungs: list[int], sizes: Sizes | None = None) -> None:
+        self._search, self._n_trials, self._rungs, self._sizes = config.search, config.n_trials(), rungs, sizes
         self._up_at: float | None = None
         """Time at which the first lane of this session was up."""
 
@@ -69,7 +94,7 @@ class Forecaster:
         done = state.totals.steps + sum(step - state.trials[number].step for number, step in steps.items())
         admitted = self._admitted(state)
         expected = self._expected(admitted)
-        left, reports_left = self._left(state, steps, admitted, expected)
+        left, reports = self._left(state, steps, admitted, expected)
         loads = self._loads(state, expected)
         reported = self._reported(state, loads)
         load = reported + sum(
@@ -82,10 +107,11 @@ class Forecaster:
         n_lanes, seconds = sum(lane.up for lane in state.lanes.values()), None
         if state.totals.reported_steps:
             training = load_left * state.totals.train_seconds / reported
-            seconds = training + reports_left * state.seconds_per_report()
+            seconds = training + sum(reports) * state.seconds_per_report()
         elif self._up_at is not None and load > self._load_before:  # before the first report, the clock tells
+            load_left += self._validation(reports)
             seconds = load_left * max(1, len(state.lanes)) * (now - self._up_at) / (load - self._load_before)
-        return Forecast(done, sum(left), reports_left, None if seconds is None or not n_lanes else seconds / n_lanes)
+        return Forecast(done, sum(left), sum(reports), None if seconds is None or not n_lanes else seconds / n_lanes)
 
     def _admitted(self, state: SearchState) -> list[int]:
         """Return the trials that were admitted to each rung so far."""
@@ -108,33 +134,41 @@ class Forecaster:
 
     def _left(
         self, state: SearchState, steps: Mapping[int, int], admitted: list[int], expected: list[int]
-    ) -> tuple[list[int], int]:
-        """Return the steps to each rung and the reports that are left.
+    ) -> tuple[list[int], list[int]]:
+        """Return the steps to each rung that are left, and the reports there.
 
         They are those of trials on their way to a rung, and of trials that will be admitted to one.
         """
-        left, reports = [0] * len(self._rungs), 0
+        left, reports = [0] * len(self._rungs), [0] * len(self._rungs)
         for number in state.numbers("queued", "running"):
             row = state.trials[number]
             goal = self._goal(row)
             left[self._rungs.index(goal)] += max(0, goal - steps.get(number, row.step))
-            reports += 1
+            reports[self._rungs.index(goal)] += 1
         for index, (before, rung) in enumerate(pairwise([0, *self._rungs])):
             missing = max(0, expected[index] - admitted[index])
             left[index] += missing * (rung - before)
-            reports += missing
+            reports[index] += missing
         missing = max(0, self._search.repeat_best * self._search.repeats - (len(state.trials) - state.n_proposed()))
         left[-1] += missing * self._rungs[-1]
-        return left, reports + missing
+        reports[-1] += missing
+        return left, reports
 
     def _loads(self, state: SearchState, expected: list[int]) -> list[float]:
         """Return the load of a trial's step on its way to each rung, with its part of the pack's own."""
         up = [lane for lane in state.lanes.values() if lane.up]
-        if self._tokens_per_step is None or not up:
+        if self._sizes is None or not up:
             return [1.0] * len(self._rungs)
-        own = PASS_TOKENS["cpu" if up[0].facts.get("device", "cpu") == "cpu" else "cuda"] / self._tokens_per_step
+        own = PASS_TOKENS["cpu" if up[0].facts.get("device", "cpu") == "cpu" else "cuda"] / self._sizes.step
         slots = max(lane.slots for lane in up)
         return [1.0 + own / max(1, min(slots, math.ceil(n / len(up)))) for n in expected]
+
+    def _validation(self, reports: list[int]) -> float:
+        """Return the load of validating for reports at each rung; early ones take no more rows than were trained on."""
+        if self._sizes is None:
+            return 0.0
+        most = self._sizes.validation / self._sizes.step
+        return VALIDATION_SHARE * sum(n * min(most, rung) for n, rung in zip(reports, self._rungs, strict=True))
 
     def _reported(self, state: SearchState, loads: list[float]) -> float:
         """Return the load behind `Totals.reported_steps`."""
@@ -145,17 +179,6 @@ class Forecaster:
     def _goal(self, row: TrialRow) -> int:
         """Return the step at which a trial reports next."""
         return next((rung for rung in self._rungs if rung > row.step and row.repeat_of is None), self._rungs[-1])
-
-
-def tokens_per_step(training: TrainingSection, *, tokens: int, rows: int) -> float:
-    """Return the mean tokens of a trial's optimizer step.
-
-    Args:
-        training: settings of the search; a space that names other batch sizes is left out.
-        tokens: tokens of all training rows.
-        rows: number of training rows.
-    """
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * tokens / rows
 
 
 def _load(step: int, rungs: list[int], loads: list[float]) -> float:

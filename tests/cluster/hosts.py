@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 PRIVATE = ("tmp", "root", "run", "dev/shm", "mnt")
@@ -21,6 +22,7 @@ PRIVATE = ("tmp", "root", "run", "dev/shm", "mnt")
 NETWORK = "10.77.0."
 
 
+@cache
 def missing() -> str | None:
     """Return what keeps this machine from having hosts; None if nothing does."""
     if os.geteuid() != 0:
@@ -28,7 +30,13 @@ def missing() -> str | None:
     absent = [name for name in ("ip", "unshare", "setpriv", "sshd", "ssh", "rsync") if not shutil.which(name)]
     if absent:
         return f"needs {', '.join(absent)}"
-    tried = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
+    links = "ip link add br0 type bridge && ip link add a type veth peer b && mount --make-rprivate /"
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--fork", "bash", "-c", links],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     return None if tried.returncode == 0 else f"may not make namespaces: {tried.stderr.strip()}"
 
 

@@ -1,4 +1,4 @@
-"""What befalls a search on a cluster: cut network, new node, full disk, killed driver. Run by `make cluster`."""
+"""What befalls a search on a cluster: lost and new nodes, a full disk, a killed driver. Run by `make cluster`."""
 
 import shutil
 import subprocess
@@ -14,12 +14,13 @@ from raylora.run.directory import RunDirectory
 from raylora.run.events import SessionStarted, read_events
 from raylora.run.state import SearchState
 from raylora.testing import make_rows, make_tiny_model
-from tests.cluster.hosts import Host, Lab, missing
+from tests.cluster.hosts import Host, Lab
 from tests.cluster.searches import check_that_nothing_is_lost, lanes_on, lost_lanes, reports, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("_hosts_can_be_made")]
 
+HOSTS = ("head", "worker1", "worker2")
 SHARED_MIB = 64
 """Size of the shared folder."""
 
@@ -60,9 +61,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         host_with_project(made, "worker2", 12)
         yield made
     finally:
-        made.close()
-        subprocess.run(["umount", str(made.shared)], check=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            made.close()
+        finally:
+            subprocess.run(["umount", str(made.shared)], check=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def host_with_project(lab: Lab, name: str, address: int) -> Host:
@@ -88,9 +91,9 @@ def test_a_cut_network_costs_a_lane_and_a_new_node_brings_one(lab: Lab, tmp_path
     process = lab.start_on("head", search("cut", "--training.max_steps 3600"), tmp_path / "search.log")
     wait_for(run, "report and lane on the worker", lambda events: lanes_on(events, "worker1") and reports(events))
     lab.hosts["worker1"].unplug()
+    join(lab, lab.hosts["worker2"])
     (lost,) = lost_lanes(wait_for(run, "lost lane", lost_lanes))
     assert (lost.reason, lost.blames_trials) == ("its node was lost", False)
-    join(lab, lab.hosts["worker2"])
     wait_for(run, "lane on the new node", lambda events: lanes_on(events, "worker2"))
     assert process.wait(timeout=400) == 0, (tmp_path / "search.log").read_text()[-3000:]
     check_that_nothing_is_lost(list(read_events(run.events_file)))
@@ -101,29 +104,28 @@ def test_a_full_folder_is_waited_out_and_a_killed_driver_is_followed_by_a_ray_jo
     run = RunDirectory(lab.shared / "full")
     settings = ("--training.max_steps 1800",)
     process = lab.start_on("head", search("full", *settings), tmp_path / "search.log")
-    n_before = reports(wait_for(run, "report", reports))
+    wait_for(run, "two lanes and a report", lambda events: len(lanes_on(events, *HOSTS)) == 2 and reports(events))
     filler = lab.shared / "filler"
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         while True:
             file.write(bytes(1 << 16))
-    time.sleep(30)
-    size = run.events_file.stat().st_size
-    time.sleep(10)
-    assert run.events_file.stat().st_size == size  # it does stand still
-    said = (tmp_path / "search.log").read_text()
-    assert process.poll() is None, said[-3000:]
-    assert "waiting up to 300 s: [Errno 28] No space left on device" in said
+    deadline = time.monotonic() + 200
+    while "waiting up to 300 s: [Errno 28] No space left on device" not in (tmp_path / "search.log").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(1)
+    n_before = reports(list(read_events(run.events_file)))
+    time.sleep(20)
     filler.unlink()
-    events = wait_for(run, "later report", lambda events: reports(events) > n_before + 2)
+    events = wait_for(run, "later report", lambda events: reports(events) > n_before)
     assert not SearchState(events).numbers("failed")
     (session,) = [event for event in events if isinstance(event, SessionStarted)]
     lab.ssh(lab.hosts["head"], f"kill -KILL {session.pid}")
     assert process.wait(timeout=60) != 0
     before = SearchState(read_events(run.events_file))
-    assert before.count("finished") < 6
+    assert before.count("finished") + before.count("stopped") < 6
 
     job = search("full", *settings, "--resume")
-    done = lab.ssh(lab.hosts["head"], f"ray job submit -- bash -c '{job}'", check=False)
+    done = lab.ssh(lab.hosts["head"], f"ray job submit -- bash -c '{job}'", check=False, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     events = list(read_events(run.events_file))
     check_that_nothing_is_lost(events)

@@ -421,7 +421,6 @@ def test_of_the_leaders_the_one_best_after_merging_is_chosen(
         for event in (proposed(number), Started(number, 1, LANE.lane, None), report, Finished(number)):
             log.append(event)
     log.flush()
-    log.close()
     assert save_best_adapter(run).number == 0
     result = merge_run(run)
     assert result["trial"] == 1

@@ -123,7 +123,6 @@ def make_run(
     for event in EVENTS if events is None else events:
         log.append(event)
     log.flush()
-    log.close()
     return run
 
 

@@ -13,7 +13,6 @@ def written(path: Path) -> list:
     log = EventLog(path, clock=lambda: 7.0)
     events = [log.append(event) for event in (SESSION, LANE, *history_of(0, {3: 2.0}, "finished"))]
     log.flush()
-    log.close()
     return events
 
 
@@ -42,7 +41,6 @@ def test_a_torn_last_line_is_dropped_wherever_it_is_torn(tmp_path: Path) -> None
         log = EventLog(path)  # a new session goes on after the last whole line
         log.append(Paused(5))
         log.flush()
-        log.close()
         assert [type(event).__name__ for event in read_events(path)][n_whole:] == ["Paused"]
 
 

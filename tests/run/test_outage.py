@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from raylora.errors import RunDirectoryError
 from raylora.run import outage
 from raylora.run.events import EventLog, Paused, read_events
-from raylora.run.outage import wait_out
+from raylora.run.outage import is_of_the_disk, wait_out
 
 
 class Disk:
@@ -50,27 +51,18 @@ def test_what_does_not_pass_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_event_log_on_a_full_disk_holds_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of a line is written before the disk is full, and again before it has room."""
     log = EventLog(tmp_path / "events.jsonl")
     events = [log.append(Paused(0))]
     log.flush()
-    disk, write = Disk(monkeypatch, failures=4), log._file.write
+    disk, fsync = Disk(monkeypatch, failures=3), os.fsync
 
-    class Filling:
-        """The log's file, on a disk that takes half of what it is given."""
+    def filling(descriptor: int) -> None:
+        if disk.failures:  # a part of the lines was written
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - 7 * disk.failures)
+        disk.check()
+        fsync(descriptor)
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(log_file, name)
-
-        def write(self, content: memoryview) -> int:
-            if disk.failures % 2 == 0 and disk.failures:
-                disk.failures -= 1
-                return write(content[: len(content) // 2])
-            disk.check()
-            return write(content)
-
-    log_file = log._file
-    monkeypatch.setattr(log, "_file", Filling())
+    monkeypatch.setattr(os, "fsync", filling)
     events += [log.append(Paused(1)), log.append(Paused(2))]
     log.flush()
     assert disk.failures == 0 and disk.now > 0
@@ -78,3 +70,29 @@ def test_an_event_log_on_a_full_disk_holds_each_line_once(tmp_path: Path, monkey
     events.append(log.append(Paused(3)))
     log.flush()
     assert list(read_events(tmp_path / "events.jsonl")) == events
+
+
+def test_a_search_that_another_one_has_followed_writes_no_more(tmp_path: Path) -> None:
+    """As on a folder whose server has freed the first one's lock."""
+    first = EventLog(tmp_path / "events.jsonl")
+    events = [first.append(Paused(0))]
+    first.flush()
+    second = EventLog(tmp_path / "events.jsonl")
+    events.append(second.append(Paused(1)))
+    second.flush()
+    first.append(Paused(2))
+    with pytest.raises(RunDirectoryError, match="is written by another search too"):
+        first.flush()
+    assert list(read_events(tmp_path / "events.jsonl")) == events
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EROFS, "Read-only file system"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+    ],
+)
+def test_what_a_full_disk_makes_libraries_raise_is_of_the_disk(error: Exception) -> None:
+    assert is_of_the_disk(error)
+    assert not is_of_the_disk(type(error)("something else"))

@@ -73,7 +73,6 @@ class Simulation:
 
     def kill(self) -> None:
         """End the session as `kill -9` does."""
-        self.log.close()
 
     def say(self, lane: SimulatedLane, news: list[News]) -> None:
         """Send news of a lane, and obey the answer."""

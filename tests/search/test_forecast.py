@@ -6,7 +6,7 @@ from raylora.config.load import build_config
 from raylora.config.schema import SearchConfig
 from raylora.run.events import Event, LaneUp, Paused
 from raylora.run.state import SearchState
-from raylora.search.forecast import Forecaster
+from raylora.search.forecast import Forecaster, Sizes
 from tests.helpers import SESSION, history_of
 
 RUNGS = [4, 8, 16]
@@ -52,7 +52,7 @@ def test_before_the_first_report_the_clock_gives_the_speed() -> None:
 
 
 def test_validation_is_counted_by_report_and_training_by_step() -> None:
-    # a report of `history_of` tells of 3 s of training, 1 of validation and .5 of the rest
+    # a report of `history_of` tells of 1 s of training, .5 of validation and .25 of the rest
     state = state_of(*history_of(0, {4: 1.0}), Paused(0))
     forecast = Forecaster(config(), RUNGS).forecast(state, 0.0)
     n_reports = 7 + 4 + 3
@@ -63,14 +63,16 @@ def test_validation_is_counted_by_report_and_training_by_step() -> None:
 
 def test_steps_of_late_rungs_take_longer_since_few_trials_share_a_pass() -> None:
     # a pass costs as much as 2 trials: packs of 8, 4 and 3 take 10, 6 and 5 where a trial's step takes 1
-    forecaster, state = Forecaster(config(), RUNGS, tokens_per_step=20.0), state_of(*history_of(0, {}))
+    forecaster, state = Forecaster(config(), RUNGS, Sizes(step=20.0, validation=120)), state_of(*history_of(0, {}))
     forecaster.forecast(state, 100.0)
     # 4 steps of one trial, each an eighth of a pass of 10, in 10 seconds
     loads = 10 / 8, 6 / 4, 5 / 3
     left = (32 - 4) * loads[0] + 16 * loads[1] + 24 * loads[2]
+    # a report validates 120 tokens, as many as 6 steps train on, or 4 at the first rung; each for a third of a step
+    left += (8 * 4 + 4 * 6 + 3 * 6) / 3
     said = forecaster.forecast(state, 110.0, {0: 4}).seconds_left
     assert said == pytest.approx(10 * left / (4 * loads[0]))
-    # once trials have reported, their own seconds tell: 3 to step 4, then 3 to step 8
+    # once trials have reported, their own seconds tell
     state = state_of(*history_of(0, {4: 1.0, 8: 1.0}), Paused(0))
     forecast = forecaster.forecast(state, 200.0)
     done = 4 * loads[0] + 4 * loads[1]
@@ -84,5 +86,5 @@ def test_steps_of_late_rungs_take_longer_since_few_trials_share_a_pass() -> None
 def test_a_gpus_pass_weighs_more_tokens_and_each_lane_has_its_own() -> None:
     lanes = [LaneUp(name, 1, 8, {"device": "a GPU"}) for name in "01"]
     state = SearchState([SESSION, *lanes])
-    loads = Forecaster(config(), RUNGS, tokens_per_step=500.0)._loads(state, [8, 4, 3])
+    loads = Forecaster(config(), RUNGS, Sizes(step=500.0, validation=0))._loads(state, [8, 4, 3])
     assert loads == [1 + 1 / 4, 1 + 1 / 2, 1 + 1 / 2]

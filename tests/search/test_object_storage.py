@@ -19,6 +19,9 @@ __all__ = ["space_file"]  # the fixture
 
 REST = [*map(str, QUICK_END)]
 
+LONG = (*MANY_STEPS, "--training.max_steps", 400)
+"""Settings of a search that outlives another command."""
+
 
 def state_of(url: str) -> SearchState:
     """State of the search as storage has it."""
@@ -31,7 +34,7 @@ def test_a_killed_search_is_resumed_on_another_machine(
 ) -> None:
     url = f"{bucket}/runs/one"
     storage = Storage(url)
-    process = command(space_file, "--output", url, *MANY_STEPS)
+    process = command(space_file, "--output", url, *LONG)
     watcher = tmp_path / "watching-machine"
     monkeypatch.setenv("XDG_CACHE_HOME", str(watcher))
     deadline = time.monotonic() + 180
@@ -40,7 +43,7 @@ def test_a_killed_search_is_resumed_on_another_machine(
             break
         time.sleep(0.5)
     # meanwhile a second search is refused, by name
-    second, message = finish(command(space_file, "--output", url, *MANY_STEPS, "--resume"))
+    second, message = finish(command(space_file, "--output", url, *LONG, "--resume"))
     assert second == 2
     assert f"is in use by process {process.pid} on" in message.replace("\n", " ")
     process.send_signal(signal.SIGKILL)
@@ -52,7 +55,7 @@ def test_a_killed_search_is_resumed_on_another_machine(
     shutil.rmtree(watcher)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second-machine"))
-    code, output = finish(command(space_file, "--output", url, *MANY_STEPS, "--resume"))
+    code, output = finish(command(space_file, "--output", url, *LONG, "--resume"))
     assert code == 0, output
     assert "not uploaded" not in output
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "third-machine"))

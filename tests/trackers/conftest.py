@@ -48,7 +48,6 @@ def write_events(run: RunDirectory, events: list[Event]) -> None:
     for event in events:
         log.append(event)
     log.flush()
-    log.close()
 
 
 def write_scores(run: RunDirectory) -> None:

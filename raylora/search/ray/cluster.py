@@ -30,7 +30,7 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 ANSWER_SECONDS = 10.0
 """Time within which a cluster must answer."""
 
-NODE_SECONDS = 60.0
+NODE_SECONDS = 30.0
 """Time within which its nodes should say which raylora they have; each starts a process for it."""
 
 LOCAL_ENVIRONMENT = {"RAY_worker_niceness": "0"}
@@ -52,8 +52,9 @@ def connected(address: str) -> Iterator[None]:
         ray.init(address=address, **QUIET)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        cure = "start one by `ray up` or `ray start --head`, or leave --address out to use this machine alone"
-        raise DeviceError(f"no Ray cluster can be used at {address}: {reason}; {cure}") from error
+        if not reason.startswith("Version mismatch"):
+            reason += "; start one by `ray up` or `ray start --head`, or leave --address out to use this machine alone"
+        raise DeviceError(f"no Ray cluster can be used at {address}: {reason}") from error
     try:
         _check_nodes()
         yield

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -61,7 +61,8 @@ def run_search(
         controller.begin(socket.gethostname(), os.getpid())
         if not controller.done:
             _train(run, lanes, broker, controller, views, note, beat, interruption)
-            _write_lanes(run, controller.state)
+            with suppress(OSError):  # for tables alone
+                _write_lanes(run, controller.state)
         if interruption.came and not controller.over:
             controller.interrupt()
             raise KeyboardInterrupt

@@ -18,6 +18,7 @@ from raylora.config.schema import TrainingSection
 from raylora.data.rows import TokenRows
 from raylora.errors import TrialError
 from raylora.run.metrics import RungMetrics
+from raylora.run.outage import PATIENCE_SECONDS
 from raylora.training.losses import validated_rows
 from raylora.training.memory import reset_peak_memory, with_less_memory
 from raylora.training.packed.forward import Pack
@@ -127,7 +128,7 @@ class PackedEngine:
         for number in list(self.trials)[math.ceil(len(self.trials) / 2) :]:
             trial, checkpoints[number] = self.remove(number), None
             with suppress(OSError):
-                checkpoints[number] = str(trial.save()) if trial.step else None
+                checkpoints[number] = str(trial.save(patience=0.0)) if trial.step else None
         self.slots = len(self.trials)
         self.pack.forget_dense()
         if torch.cuda.is_available():
@@ -201,15 +202,17 @@ class PackedEngine:
 
     def _report(self, numbers: list[int]) -> dict[int, RungMetrics | TrialError | OSError]:
         reports: dict[int, RungMetrics | TrialError | OSError] = {}
+        patience = PATIENCE_SECONDS
         for number, eval_loss in self._validate(numbers).items():
             trial = self.trials[number]
             if not math.isfinite(eval_loss):
                 reports[number] = TrialError(f"diverged: eval_loss is {eval_loss} at step {trial.step}")
                 continue
             try:
-                reports[number] = trial.report(eval_loss)
+                reports[number] = trial.report(eval_loss, patience)
             except OSError as error:
                 reports[number] = error
+                patience = 0.0  # one wait is enough for all
         return reports
 
     def _validate(self, numbers: list[int]) -> dict[int, float]:

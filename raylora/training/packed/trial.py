@@ -23,7 +23,7 @@ from raylora.data.rows import TokenRows
 from raylora.run.activity import tell
 from raylora.run.atomic import replacing
 from raylora.run.metrics import RungMetrics
-from raylora.run.outage import wait_out
+from raylora.run.outage import PATIENCE_SECONDS, wait_out
 from raylora.training.memory import peak_memory_mib
 from raylora.training.packed.adapter import Adapter
 from raylora.training.packed.layout import MicroBatch
@@ -119,6 +119,9 @@ class PackedTrial:
         self.seconds = dict.fromkeys(("train", "eval", "other"), 0.0)
         """Time since the last report."""
 
+        self._save_seconds = 0.0
+        """Time that the last checkpoint took, without a wait for the disk."""
+
         self._reported_checkpoint: Path | None = None
         """Checkpoint of the last report."""
 
@@ -158,11 +161,12 @@ class PackedTrial:
         """True if the trial stands at a rung that it has not reported."""
         return self.step in self.rungs and self.step > self._reported_step
 
-    def report(self, eval_loss: float) -> RungMetrics:
+    def report(self, eval_loss: float, patience: float = PATIENCE_SECONDS) -> RungMetrics:
         """Save a checkpoint and return the metrics of the rung.
 
         Args:
             eval_loss: validation loss in nats per token.
+            patience: as for `save`.
 
         Raises:
             OSError: the checkpoint cannot be written.
@@ -171,9 +175,8 @@ class PackedTrial:
         losses, learning_rates = self._step_losses(), self._learning_rates
         self._losses, self._learning_rates = [], []
         self.seconds, self._reported_step = dict.fromkeys(seconds, 0.0), self.step
-        began = time.perf_counter()
-        checkpoint = self.save()
-        seconds["other"] += time.perf_counter() - began
+        checkpoint = self.save(patience)
+        seconds["other"] += self._save_seconds
         assert reported is None or reported.is_dir()  # the log still names it
         return RungMetrics(
             step=self.step,
@@ -199,20 +202,22 @@ class PackedTrial:
             self._recent = []
         return self._losses
 
-    def save(self) -> Path:
+    def save(self, patience: float = PATIENCE_SECONDS) -> Path:
         """Write a checkpoint: the adapter in peft's format, and what training needs to go on from it.
 
-        Older ones are removed, but for the one of the last report, which tables and the event log name. A disk that
-        takes nothing for a while is waited for.
+        Older ones are removed, but for the one of the last report, which tables and the event log name.
+
+        Args:
+            patience: seconds for which a disk that takes nothing is waited for.
 
         Raises:
-            OSError: it took nothing for long.
+            OSError: it took nothing for so long.
         """
         directory = self.directory / f"checkpoint-{self.step}"
-        wait_out(partial(self._write, directory), note=lambda text: tell(text, 0, 1))
+        wait_out(partial(self._write, directory), lambda text: tell(text, 0, 1), patience)
         kept = {directory, self._reported_checkpoint}
         for old in set(self.directory.glob("checkpoint-*")) - kept:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         if self._reported_step == self.step:
             self._reported_checkpoint = directory
         return directory
@@ -222,6 +227,7 @@ class PackedTrial:
 
         Files are made in memory, since on a full disk neither safetensors nor torch raises an OSError.
         """
+        began = time.perf_counter()
         with replacing(directory) as temporary:
             temporary.mkdir()
             self.peft_config.save_pretrained(temporary)
@@ -231,6 +237,7 @@ class PackedTrial:
             state = BytesIO()
             torch.save(self._state(), state)
             (temporary / "trial_state.pt").write_bytes(state.getbuffer())
+        self._save_seconds = time.perf_counter() - began
 
     def _state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the adapter, independent of device and of rank padding."""

@@ -132,7 +132,9 @@ def test_an_address_where_no_cluster_is_is_named_at_once(address: str) -> None:
 def test_a_node_without_the_package_is_named(tmp_path: Path) -> None:
     # Python runs this file whenever a process of the node starts
     (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
         "import importlib.metadata as metadata\n"
+        "sys.modules['raylora'] = None\n"
         "version = metadata.version\n"
         "def hidden(name):\n"
         "    if name == 'raylora':\n"

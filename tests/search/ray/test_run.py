@@ -76,14 +76,11 @@ def search(make_config: Callable[..., SearchConfig], tmp_path: Path) -> Callable
             for lane in range(n_lanes)
         ]
         output.truncate(0)
-        try:
-            with Progress(controller.state, config, rungs, Console(file=output, width=200)) as progress:
-                views = Views(run, config, controller.state, events, progress.note)
-                controller.listen(progress.show)
-                controller.listen(views.add)
-                run_search(run, settings, broker, controller, views, progress.note, progress.beat)
-        finally:
-            log.close()
+        with Progress(controller.state, config, rungs, Console(file=output, width=200)) as progress:
+            views = Views(run, config, controller.state, events, progress.note)
+            controller.listen(progress.show)
+            controller.listen(views.add)
+            run_search(run, settings, broker, controller, views, progress.note, progress.beat)
         return controller.state
 
     output = io.StringIO()
