@@ -33,29 +33,35 @@ SEARCH = (
 )
 
 
+SEARCHES: dict[str, dict[str, Any]] = {
+    "one lane on one host": {"cpus": {"head": 1}, "lanes": 1},
+    "two lanes on one host": {"cpus": {"head": 2}, "lanes": 2},
+    "two lanes on two hosts": {"cpus": {"head": 1, "worker": 1}, "lanes": 2},
+    "two lanes on two hosts, one of them lost": {"cpus": {"head": 1, "worker": 1}, "lanes": 2, "lose": True},
+}
+
+
 def main() -> None:
     output = Path(sys.argv[1])
-    rows = [
-        measure("one lane on one host", {"head": 1}, lanes=1),
-        measure("two lanes on one host", {"head": 2}, lanes=2),
-        measure("two lanes on two hosts", {"head": 1, "worker": 1}, lanes=2),
-        measure("two lanes on two hosts, one of them lost", {"head": 1, "worker": 1}, lanes=2, lose=True),
-    ]
-    result = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "trials": N_TRIALS,
-        "steps_a_trial": STEPS,
-        "searches": rows,
-    }
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    done = json.loads(output.read_text())["searches"] if output.exists() else {}
+    for name, settings in SEARCHES.items():
+        if name in done:  # by an earlier run that was cut short
+            continue
+        done[name] = measure(**settings)
+        result = {
+            "date": date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "trials": N_TRIALS,
+            "steps_a_trial": STEPS,
+            "searches": done,
+        }
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def measure(what: str, cpus: dict[str, int], *, lanes: int, lose: bool = False) -> dict[str, Any]:
+def measure(cpus: dict[str, int], *, lanes: int, lose: bool = False) -> dict[str, Any]:
     """Run the search on new hosts.
 
     Args:
-        what: the search in words.
         cpus: name of each host, the head first -> CPUs that Ray may use there.
         lanes: lanes of the search.
         lose: take the worker away once it has trained for a while.
@@ -87,7 +93,7 @@ def measure(what: str, cpus: dict[str, int], *, lanes: int, lose: bool = False) 
             lab.hosts["worker"].kill()
         if process.wait(timeout=900):
             raise RuntimeError((folder / "log").read_text()[-3000:])
-        row = {"search": what, "hosts_to_ray_seconds": started - began, **_figures(run, started, lost_at)}
+        row = {"hosts_to_ray_seconds": started - began, **_figures(run, started, lost_at)}
         print(json.dumps(row, indent=2), flush=True)
         return row
     finally:

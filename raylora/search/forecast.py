@@ -66,7 +66,7 @@ class Forecaster:
     """Forecasts the end of a search.
 
     Its time is counted in loads. A step of one trial is a load of 1. Each step of a pack costs
-    `PASS_TOKENS / sizes.step` loads more, however many trials share it. So late rungs, which few trials reach, are slow.
+    `PASS_TOKENS / sizes.step` loads more, however many trials share it. So late rungs, which few reach, are slow.
 
     Args:
         config: settings of the search.

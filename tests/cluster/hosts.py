@@ -30,7 +30,7 @@ def missing() -> str | None:
     absent = [name for name in ("ip", "unshare", "setpriv", "sshd", "ssh", "rsync") if not shutil.which(name)]
     if absent:
         return f"needs {', '.join(absent)}"
-    links = "ip link add br0 type bridge && ip link add a type veth peer b && mount --make-rprivate /"
+    links = "ip link add br0 type bridge && ip link add left type veth peer name right && mount --make-rprivate /"
     tried = subprocess.run(
         ["unshare", "--net", "--mount", "--pid", "--fork", "bash", "-c", links],
         capture_output=True,

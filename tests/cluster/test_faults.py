@@ -25,16 +25,26 @@ SHARED_MIB = 64
 """Size of the shared folder."""
 
 
+FLAGS = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check")
+COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
 AUTOSCALER = {
     "cluster_name": "from-zero",
     "max_workers": 2,
     "idle_timeout_minutes": 5,
-    "provider": {"type": "fake_multinode"},
+    # all nodes have the head's address, and need no set-up
+    "provider": {"type": "fake_multinode", **dict.fromkeys(FLAGS, True)},
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     },
     "head_node_type": "ray.head.default",
+    # as `ray up` fills them in
+    "auth": {},
+    "file_mounts": {},
+    "cluster_synced_files": [],
+    "file_mounts_sync_continuously": False,
+    "upscaling_speed": 1.0,
+    **{f"{key}_commands": [] for key in COMMANDS},
 }
 """Settings of Ray's autoscaler, whose nodes are processes of the head's host."""
 

@@ -240,11 +240,15 @@ def test_a_newcomer_for_which_there_is_no_memory_waits(
 def test_a_full_disk_is_the_machines_fault(
     engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: object) -> Path:
+    waits: list[float] = []
+
+    def full(self: object, patience: float) -> Path:
+        waits.append(patience)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("raylora.training.packed.trial.PackedTrial.save", full)
     link = serve(engine, tmp_path, [start(0), start(1)])
+    assert waits == [300.0, 0.0]  # both stand at the rung, and wait once together
     assert [(list(news.checkpoints), news.machine_fault, news.slots) for news in link.returns] == [
         ([0], True, None),
         ([1], True, None),
