@@ -18,7 +18,7 @@ smoke: setup                  ## the same with a tiny random model, about a minu
 test: setup model             ## all tests
 	$(RUN) -m pytest
 
-cluster: setup                ## `ray up`, searches and faults on hosts made of this machine, as root, a quarter of an hour
+cluster: setup                ## `ray up`, searches and faults on hosts made of this machine, as root, 20 minutes
 	$(RUN) -m pytest -rs -m cluster tests/cluster
 
 lint: setup

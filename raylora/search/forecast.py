@@ -12,9 +12,7 @@ from raylora.run.trial_row import TrialRow
 PASS_TOKENS = {"cpu": 40.0, "cuda": 500.0}
 """What a pack's step costs beside its trials' own tokens, in tokens: the base is dequantized once for all of them.
 
-Measured on two CPU cores (benchmarks/search.md, "What a pass costs by itself"). The figure for a GPU is
-a prediction."""
-
+Measured on two CPU cores (benchmarks/search.md, "What a pass costs by itself"). That of a GPU is a prediction."""
 
 VALIDATION_SHARE = 1 / 3
 """Time to validate a token over the time to train on one, which takes a backward pass too."""
