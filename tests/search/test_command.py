@@ -89,7 +89,7 @@ def test_one_command_goes_from_rows_to_a_checked_merged_model(
     space_file: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     run = RunDirectory(tmp_path / "run")
-    code, output = finish(command(space_file, "--output", run.path, "--search.n_trials", 9))
+    code, output = finish(command(space_file, "--output", run.path, "--search.n_trials", 9, "--search.grace_period", 3))
     assert code == 0, output
     state = SearchState.load(run)
     assert len(state.trials) == 9
