@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from raylora.run.directory import RunDirectory  # noqa: E402
-from raylora.run.events import Finished, LaneLost, LaneUp, Reported, Started, read_events  # noqa: E402
+from raylora.run.events import Finished, LaneLost, LaneUp, Started, read_events  # noqa: E402
 from tests.cluster.hosts import Lab  # noqa: E402
 from tests.cluster.searches import lanes_on, reports, wait_for  # noqa: E402
 
@@ -71,15 +71,8 @@ def measure(cpus: dict[str, int], *, lanes: int, lose: bool = False) -> dict[str
     try:
         began = time.time()
         for index, (name, n_cpus) in enumerate(cpus.items()):
-            host = lab.add(name, 10 + index)
-            (host.home / ".bashrc").write_text(f"export RAY_AUTH_MODE=token PATH={ROOT}/.venv/bin:$PATH\n")
-            (host.home / ".ray").mkdir()
-            (host.home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
+            host = lab.add_with_project(name, 10 + index)
             role = "--head --port=6379 --dashboard-host=127.0.0.1" if name == "head" else "--address=10.77.0.10:6379"
-            if name == "head":
-                for part in ("search_spaces", "examples"):
-                    shutil.copytree(ROOT / part, host.home / "project" / part)
-                lab.ssh(host, "cd ~/project && python -m raylora.testing examples/tiny")
             lab.ssh(host, f"ray start {role} --num-cpus={n_cpus}")
         started = time.time()
         process = lab.start_on("head", f"{SEARCH} --search.lanes {lanes} --output /mnt/shared/run", folder / "log")
@@ -116,7 +109,6 @@ def _figures(run: RunDirectory, started: float, lost_at: float) -> dict[str, flo
         lost = next(event for event in events if isinstance(event, LaneLost))
         again = next(event.time for event in events if isinstance(event, Started) and event.time >= lost.time)
         figures |= {"seconds_until_noted": lost.time - lost_at, "seconds_until_trained_again": again - lost_at}
-        figures["reports"] = sum(isinstance(event, Reported) for event in events)
     return figures
 
 

@@ -28,7 +28,7 @@ PASSING = OF_DISKS | {
 """Errors that may pass: somebody frees space or mends the network. Refused access does not."""
 
 TEXTS = (os.strerror(errno.ENOSPC), "inline_container.cc")
-"""What safetensors and torch say of a full disk, in errors that are no `OSError`."""
+"""Texts by which safetensors and torch tell of a full disk, in errors that are no `OSError`."""
 
 
 def wait_out(

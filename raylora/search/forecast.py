@@ -10,7 +10,7 @@ from raylora.run.state import SearchState
 from raylora.run.trial_row import TrialRow
 
 PASS_TOKENS = {"cpu": 40.0, "cuda": 500.0}
-"""What a pack's step costs beside its trials' own tokens, in tokens: the base is dequantized once for all of them.
+"""Cost of a pack's step beside its trials' own tokens, in tokens: the base is dequantized once for all of them.
 
 Measured on two CPU cores (benchmarks/search.md, "What a pass costs by itself"). That of a GPU is a prediction."""
 

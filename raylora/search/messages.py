@@ -103,7 +103,7 @@ class Pulse:
     """Peak memory of the process, or of its GPU."""
 
     busy: str | None = None
-    """What the lane does where it does not train, in words: it loads the base, or waits for a disk."""
+    """Work of the lane while it does not train, in words: it loads the base, or waits for a disk."""
 
 
 News = Ready | Report | Failure | Return | Gone | Lost

@@ -16,6 +16,11 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from raylora.testing import make_rows, make_tiny_model
+
+ROOT = Path(__file__).parent.parent.parent
+"""The checkout."""
+
 PRIVATE = ("tmp", "root", "run", "dev/shm", "mnt")
 """Folders that each host has for itself."""
 
@@ -148,6 +153,19 @@ class Lab:
         _run("ip", "-n", host.namespace, "route", "add", "default", "via", f"{NETWORK}1")
         self._start(host)
         self.hosts[name] = host
+        return host
+
+    def add_with_project(self, name: str, address: int) -> Host:
+        """Return a new host that has this checkout's packages, a token, and the files of a search in `~/project`."""
+        host = self.add(name, address)
+        (host.home / ".bashrc").write_text(f"export RAY_AUTH_MODE=token PATH={ROOT}/.venv/bin:$PATH\n")
+        (host.home / ".ray").mkdir()
+        (host.home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
+        project = host.home / "project"
+        for part in ("search_spaces", "examples"):
+            shutil.copytree(ROOT / part, project / part)
+        make_tiny_model(project / "examples" / "tiny" / "model")
+        make_rows(project / "examples" / "tiny" / "rows.jsonl")
         return host
 
     def restart(self, host: Host) -> None:

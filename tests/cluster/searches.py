@@ -1,4 +1,4 @@
-"""What the cluster tests ask of a search's event log."""
+"""Asks a search's event log what the cluster tests want to know."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What befalls a search on a cluster: lost and new nodes, a full disk, a killed driver. Run by `make cluster`."""
+"""Does to a search what befalls it on a cluster: lost and new nodes, a full disk, a killed driver."""
 
 import shutil
 import subprocess
@@ -13,11 +13,9 @@ import yaml
 from raylora.run.directory import RunDirectory
 from raylora.run.events import SessionStarted, read_events
 from raylora.run.state import SearchState
-from raylora.testing import make_rows, make_tiny_model
-from tests.cluster.hosts import Host, Lab
+from tests.cluster.hosts import ROOT, Host, Lab
 from tests.cluster.searches import check_that_nothing_is_lost, lanes_on, lost_lanes, reports, wait_for
 
-ROOT = Path(__file__).parent.parent.parent
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("_hosts_can_be_made")]
 
 HOSTS = ("head", "worker1", "worker2")
@@ -65,10 +63,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SHARED_MIB}m", "tmpfs", str(made.shared)])
     assert mounted.returncode == 0
     try:
-        head = host_with_project(made, "head", 10)
+        head = made.add_with_project("head", 10)
         made.ssh(head, "ray start --head --num-cpus=1 --port=6379 --dashboard-host=127.0.0.1")
-        join(made, host_with_project(made, "worker1", 11))
-        host_with_project(made, "worker2", 12)
+        join(made, made.add_with_project("worker1", 11))
+        made.add_with_project("worker2", 12)
         yield made
     finally:
         try:
@@ -76,19 +74,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         finally:
             subprocess.run(["umount", str(made.shared)], check=True)
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def host_with_project(lab: Lab, name: str, address: int) -> Host:
-    """Return a new host that has raylora, a token, and the files of a search."""
-    host = lab.add(name, address)
-    (host.home / ".bashrc").write_text(f"export RAY_AUTH_MODE=token PATH={ROOT}/.venv/bin:$PATH\n")
-    (host.home / ".ray").mkdir()
-    (host.home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
-    for part in ("search_spaces", "examples"):
-        shutil.copytree(ROOT / part, host.home / "project" / part)
-    make_tiny_model(host.home / "project" / "examples" / "tiny" / "model")
-    make_rows(host.home / "project" / "examples" / "tiny" / "rows.jsonl")
-    return host
 
 
 def join(lab: Lab, host: Host) -> None:
@@ -146,7 +131,7 @@ def test_a_full_folder_is_waited_out_and_a_killed_driver_is_followed_by_a_ray_jo
 
 
 def test_lanes_wait_for_an_autoscaler_that_starts_from_zero(lab: Lab, tmp_path: Path) -> None:
-    host = host_with_project(lab, "scaler", 13)
+    host = lab.add_with_project("scaler", 13)
     (host.home / "autoscaler.yaml").write_text(yaml.safe_dump(AUTOSCALER))
     start = "ray start --head --num-cpus=0 --port=6379 --autoscaling-config=autoscaler.yaml"
     lab.ssh(host, f"AUTOSCALER_UPDATE_INTERVAL_S=1 RAY_FAKE_CLUSTER=1 {start}")

@@ -12,10 +12,9 @@ import yaml
 
 from raylora.run.directory import RunDirectory
 from raylora.run.events import read_events
-from tests.cluster.hosts import Lab
+from tests.cluster.hosts import ROOT, Lab
 from tests.cluster.searches import check_that_nothing_is_lost, lanes_on, lost_lanes, reports, wait_for
 
-ROOT = Path(__file__).parent.parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("_hosts_can_be_made")]
 

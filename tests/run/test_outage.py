@@ -73,7 +73,7 @@ def test_an_event_log_on_a_full_disk_holds_each_line_once(tmp_path: Path, monkey
 
 
 def test_a_search_that_another_one_has_followed_writes_no_more(tmp_path: Path) -> None:
-    """As on a folder whose server has freed the first one's lock."""
+    """Covers a folder whose server has freed the first one's lock."""
     first = EventLog(tmp_path / "events.jsonl")
     events = [first.append(Paused(0))]
     first.flush()
