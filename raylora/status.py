@@ -31,7 +31,7 @@ def status(run_directory: Annotated[Path, typer.Argument(help="Folder or URL of 
         progress.beat({name: _pulse(values) for name, values in activity.facts["pulses"].items()})
     screen.print(progress.view())
     if user is None:
-        screen.print("nothing runs here now" + (f"; report: {run.report_file}" if run.report_file.is_file() else ""))
+        screen.print("nothing runs here now" + (f"; report: {run.page_file}" if run.page_file.is_file() else ""))
     else:
         doing = f"{activity.what}: {activity.done:,} of {activity.total:,}" if activity else "between two stages"
         screen.print(f"{user}; {doing}")

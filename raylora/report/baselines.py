@@ -99,7 +99,8 @@ def _compare(facts: RunFacts, chosen: TrialRow, baseline: Baseline) -> str:
     if trial is None:
         rates = [trial.learning_rate for trial in facts.state.trials.values()]
         tried = f"learning rates here go from {learning_rate(min(rates))} to {learning_rate(max(rates))}"
-        return f"No trial is near {baseline}: {tried}, r from {_ranks(facts)}."
+        cure = "To compare, make it one of the starting_points."
+        return f"No trial is near {baseline}: {tried}, r from {_ranks(facts)}. {cure}"
     if trial.number in (chosen.number, chosen.repeat_of):
         return f"Nearest to {baseline} is the best trial itself."
     losses = {number: _losses(facts, number) for number in (chosen.number, trial.number)}

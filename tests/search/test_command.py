@@ -251,8 +251,8 @@ def test_bad_input_is_refused_before_anything_starts(
 ) -> None:
     if "cuda" in arguments and Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")
-    code, output = finish(command(space_file, "--output", tmp_path / "run", *arguments, CUDA_VISIBLE_DEVICES=""))
-    assert code == 2
-    assert message in output
-    assert "Traceback" not in output
+    done = CliRunner().invoke(app, ["search", str(space_file), "--output", str(tmp_path / "run"), *arguments])
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "Traceback" not in done.output
     assert not (tmp_path / "run" / "config.yaml").exists()
