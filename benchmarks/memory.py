@@ -1,4 +1,4 @@
-"""Measures what each added trial and each added token of a pass take, beside the estimate.
+"""Measures what each added trial, each added token of a pass and a checkpoint take, beside the estimate.
 
 Run as `python benchmarks/memory.py OUTPUT.json --model MODEL`; MODEL as for `throughput.py`.
 """
@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -42,6 +43,7 @@ def main() -> None:
         by_tokens = [peak(engine, n_trials=1, tokens=tokens) for tokens in TOKENS]
         recomputed = [peak(engine, n_trials=1, tokens=tokens, checkpointing=True) for tokens in TOKENS]
         by_trials = [peak(engine, n_trials=n, tokens=LENGTH) for n in TRIALS]
+        checkpoint = peak_of_a_checkpoint(engine, Path(folder))
         architecture = Architecture.of_config(engine.model.config)
     dtype = compute_dtype(BaseModelSection(name=""), device)
     parameters = adapter_parameters(architecture.shapes, R)
@@ -55,6 +57,7 @@ def main() -> None:
         nf4=True,
         double_quant=True,
     )
+    passing = replace(estimate, checkpoint_mib=0.0)
     per_trial = (by_trials[-1] - by_trials[0]) / (TRIALS[-1] - TRIALS[0])
     result = {
         "date": date.today().isoformat(),
@@ -67,11 +70,12 @@ def main() -> None:
             name: {
                 "tokens": TOKENS[-1] - TOKENS[0],
                 "measured": peaks[-1] - peaks[0],
-                "estimated": estimate.total_mib(Fit(1, TOKENS[-1], checkpointing))
-                - estimate.total_mib(Fit(1, TOKENS[0], checkpointing)),
+                "estimated": passing.total_mib(Fit(1, TOKENS[-1], checkpointing))
+                - passing.total_mib(Fit(1, TOKENS[0], checkpointing)),
             }
             for name, peaks, checkpointing in (("kept", by_tokens, False), ("recomputed", recomputed, True))
         },
+        "mib_of_a_checkpoint": {"measured": checkpoint, "estimated": estimate.checkpoint_mib},
         "mib_per_added_trial": per_trial,
         "mib_per_added_trial_floor": 16 * parameters / MIB,
         "added_trial_over_floor": per_trial / (16 * parameters / MIB),
@@ -82,9 +86,7 @@ def main() -> None:
 
 def peak(engine: TrlEngine, *, n_trials: int, tokens: int, checkpointing: bool = False) -> float:
     """MiB at most in two steps of so many trials, each with a pass of its own of so many tokens."""
-    gc.collect()
-    if engine.model.device.type == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # resident memory would count what glibc keeps of the measurement before
+    forget()
     training = engine.training.model_copy(update={"gradient_checkpointing": checkpointing})
     pack = packed(replace(engine, training=training), tokens=1)
     reset_peak_memory()
@@ -95,6 +97,34 @@ def peak(engine: TrlEngine, *, n_trials: int, tokens: int, checkpointing: bool =
     pack.step()
     pack.close()
     return peak_memory_mib()
+
+
+def peak_of_a_checkpoint(engine: TrlEngine, folder: Path) -> float:
+    """MiB of this process that writing a checkpoint adds."""
+    pack = packed(engine, tokens=1)
+    pack.add(0, TRIAL.model_copy(update={"r": R}), rungs=[10**6], directory=folder / "trial")
+    pack.step()
+    pack.trials[0].save()  # loads what it imports
+    forget()
+    before = resident_mib()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak on the host, as `reset_peak_memory` does on a CPU
+    pack.trials[0].save()
+    highest = resident_mib("VmHWM")
+    pack.close()
+    return highest - before
+
+
+def resident_mib(field: str = "VmRSS") -> float:
+    """MiB of this process's resident memory: now, or as `VmHWM` at most; proc(5)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def forget() -> None:
+    """Give back what is free: resident memory would count what glibc keeps of the measurement before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 if __name__ == "__main__":

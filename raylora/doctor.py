@@ -118,7 +118,7 @@ def trainable() -> list[Trainable]:
             dtype_bytes=2 if on_gpu else 4,
             nf4=True,
             double_quant=True,
-            grouped=on_gpu,
+            on_gpu=on_gpu,
         )
         tokens = TOKENS_PER_PASS["gpu" if on_gpu else "cpu"]
         fit = memory.fit(memory_mib - memory.base_mib, slots=MAX_TRIALS, tokens=tokens, checkpointing="auto")

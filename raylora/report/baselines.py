@@ -105,14 +105,26 @@ def _compare(facts: RunFacts, chosen: TrialRow, baseline: Baseline) -> str:
         return f"Nearest to {baseline} is the best trial itself."
     losses = {number: _losses(facts, number) for number in (chosen.number, trial.number)}
     step = max(losses[chosen.number].keys() & losses[trial.number].keys(), default=None)
-    values = f"trial {trial.number} (r {trial.r}, lora_alpha {trial.lora_alpha:g}, "
-    values += f"learning rate {learning_rate(trial.learning_rate)})"
+    values = f"(r {trial.r}, lora_alpha {trial.lora_alpha:g}, learning rate {learning_rate(trial.learning_rate)})"
+    stand_in = f"Nearest to {baseline} is trial {trial.number} {values}"
+    if _is_exactly(trial, baseline):
+        name = str(baseline)
+        stand_in = f"{name[0].upper()}{name[1:]} is trial {trial.number}"
     if step is None:
-        return f"Nearest to {baseline} is {values}, which shares no step with the best trial."
+        return f"{stand_in}, which shares no step with the best trial."
     ours, theirs = losses[chosen.number][step], losses[trial.number][step]
     return (
-        f"Nearest to {baseline} is {values}: its loss at step {step} is {theirs:.4g}, and the best trial's there is "
-        f"{ours:.4g}, {change(ours, theirs)}."
+        f"{stand_in}: its loss at step {step} is {theirs:.4g}, and the best trial's there is {ours:.4g}, "
+        f"{change(ours, theirs)}."
+    )
+
+
+def _is_exactly(trial: TrialRow, baseline: Baseline) -> bool:
+    """Return True if a trial has all that a baseline recommends."""
+    same_rate = math.isclose(trial.learning_rate, baseline.learning_rate, rel_tol=0.01)
+    return same_rate and all(
+        wanted is None or found == wanted
+        for found, wanted in ((trial.r, baseline.r), (trial.lora_alpha, baseline.lora_alpha))
     )
 
 

@@ -63,7 +63,7 @@ def verdict(result: dict[str, Any]) -> str:
     word = "to " if against == "equal" else "" if against.endswith("times") else "than "
     return (
         f"merged by {result['strategy']}: validation loss {against} {word}the adapter's, "
-        f"tolerance {100 * result['tolerance']:g} %"
+        f"tolerance {100 * result['tolerance']:.3g} %"
     )
 
 
@@ -76,7 +76,7 @@ def merge_sentence(result: dict[str, Any]) -> str:
     kept = "keeps the fine-tune" if result["passed"] else "does not keep the fine-tune"
     return (
         f"The merge by {result['strategy']} {kept}: validation loss {merged:.4g} after it and {adapter:.4g} before it, "
-        f"{change(merged, adapter)} (tolerance {100 * result['tolerance']:g} %). The base has {base:.4g}."
+        f"{change(merged, adapter)} (tolerance {100 * result['tolerance']:.3g} %). The base has {base:.4g}."
     )
 
 

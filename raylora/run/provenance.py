@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -35,7 +36,7 @@ def write_provenance(run: RunDirectory, config: SearchConfig, facts: dict[str, A
         run.provenance_file,
         {
             "started": now,
-            "command": " ".join(sys.argv),
+            "command": _command(),
             "raylora": importlib.metadata.version("raylora"),
             "git_commit": _git_commit(),
             "python": platform.python_version(),
@@ -45,6 +46,13 @@ def write_provenance(run: RunDirectory, config: SearchConfig, facts: dict[str, A
             **resumed,
         },
     )
+
+
+def _command() -> str:
+    """Return the command as one would type it again: a module by its name, a program without its folder."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _git_commit() -> str | None:

@@ -109,7 +109,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         dtype_bytes=compute_dtype(config.base_model, device).itemsize,
         nf4=config.base_model.quantization == "nf4" or is_quantized(model_config),
         double_quant=config.base_model.double_quant,
-        grouped=on_gpu,
+        on_gpu=on_gpu,
     )
     _check_memory(memory, architecture, devices)
     # a resumed search keeps its rungs, whatever its number of trials is now

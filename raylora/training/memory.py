@@ -37,6 +37,13 @@ STACK_BYTES = 10
 """Bytes per trained parameter that grouped products add for a pass: a stack and its gradients in float32, and a copy of
 the stack in bfloat16."""
 
+CHECKPOINT_BYTES = 24
+"""Bytes of this machine's memory per trained parameter while a checkpoint is written.
+
+Adam's moments in float32, as copies and as the file's content, are 16. Measured are 16 to 27, by what the allocator
+keeps.
+"""
+
 CHUNK = 512
 """Positions whose logits are in memory at once. With a vocabulary of 50,000, these are 98 MiB in float32."""
 
@@ -122,9 +129,12 @@ class MemoryEstimate:
     micro_batch_tokens: int
     """Tokens of the largest micro-batch. A micro-batch is never divided between passes."""
 
+    checkpoint_mib: float = 0.0
+    """Checkpoint while it is written, in MiB; 0 where trials are on a GPU, since the host's memory takes it."""
+
     def total_mib(self, fit: Fit) -> float:
         """Return the memory of a pack in MiB."""
-        return self.base_mib + fit.slots * self.trial_mib + self._pass_mib(fit.tokens, fit.checkpointing)
+        return self.base_mib + fit.slots * self.trial_mib + self._passing_mib(fit.tokens, fit.checkpointing)
 
     def fit(self, free_mib: float, *, slots: int, tokens: int, checkpointing: bool | Literal["auto"]) -> Fit:
         """Return the pack that fits into the free memory.
@@ -149,18 +159,18 @@ class MemoryEstimate:
         # half of it, with the logits of all positions or of a chunk
         fitting = max(usable / 2 / (per_token + self.logits_mib), (usable / 2 - CHUNK * self.logits_mib) / per_token)
         tokens = max(self.micro_batch_tokens, min(tokens, int(fitting)))
-        left = usable - self._pass_mib(tokens, checkpointing)
+        left = usable - self._passing_mib(tokens, checkpointing)
         return Fit(max(1, min(slots, int(left / self.trial_mib))), tokens, checkpointing)
 
     def _fits(self, fit: Fit, free_mib: float) -> bool:
         """Return True if a pack fits, which one of a single trial and micro-batch may not."""
         return self.total_mib(fit) - self.base_mib <= USABLE * free_mib
 
-    def _pass_mib(self, tokens: int, checkpointing: bool) -> float:
-        """Return the memory of a pass in MiB: activations and logits."""
+    def _passing_mib(self, tokens: int, checkpointing: bool) -> float:
+        """Return the most memory that is taken for a while: by a pass, or between two by a checkpoint, in MiB."""
         tokens = max(tokens, self.micro_batch_tokens)
         per_token = self.checkpointed_token_mib if checkpointing else self.token_mib
-        return tokens * per_token + min(CHUNK, tokens) * self.logits_mib
+        return max(tokens * per_token + min(CHUNK, tokens) * self.logits_mib, self.checkpoint_mib)
 
 
 def free_memory_mib(device: str) -> float:
@@ -192,7 +202,7 @@ def estimate_memory(
     dtype_bytes: int,
     nf4: bool,
     double_quant: bool,
-    grouped: bool = False,
+    on_gpu: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of base, trials and tokens.
 
@@ -205,7 +215,7 @@ def estimate_memory(
         dtype_bytes: bytes of the compute dtype.
         nf4: True if linear layers are in NF4.
         double_quant: True if their scales are quantized too.
-        grouped: True if the products of adapters are grouped.
+        on_gpu: True if trials train on a GPU, where the products of adapters may be grouped.
     """
     text = config.get_text_config()
     bits = (NF4_BITS if double_quant else NF4_BITS_SINGLE) if nf4 else 8 * dtype_bytes
@@ -214,7 +224,7 @@ def estimate_memory(
     outputs = sum(out_features for _, out_features in architecture.shapes.values())
     per_token = BESIDE_LINEAR * (inputs + outputs) * dtype_bytes + inputs  # a dropout mask has a byte per entry
     hidden_states = text.num_hidden_layers * text.hidden_size * dtype_bytes
-    trial_bytes = ADAPTER_BYTES + (STACK_BYTES if grouped else 0)
+    trial_bytes = ADAPTER_BYTES + (STACK_BYTES if on_gpu else 0)
     return MemoryEstimate(
         base_mib=base / MIB,
         trial_mib=trial_bytes * n_adapter_parameters / MIB,
@@ -222,6 +232,7 @@ def estimate_memory(
         checkpointed_token_mib=(hidden_states + per_token / text.num_hidden_layers) / MIB,
         logits_mib=3 * 4 * text.vocab_size / MIB,
         micro_batch_tokens=rows * length,
+        checkpoint_mib=0.0 if on_gpu else CHECKPOINT_BYTES * n_adapter_parameters / MIB,
     )
 
 

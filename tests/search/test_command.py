@@ -120,6 +120,7 @@ def test_one_command_goes_from_rows_to_a_checked_merged_model(
     report = run.report_file.read_text()
     for part in ("Best trial", "Held-out check", "Merge", "Rank against loss", "Trials", "Data", "Provenance"):
         assert f"## {part}" in report
+    assert f"python -m raylora.search {space_file} --output {run.path}" in run.provenance()["command"]
     # the resolved config is a search space file itself, and gives the same search to the last digit
     again = RunDirectory(tmp_path / "again")
     code, output = finish(command(run.config_file, "--output", again.path, *QUICK_END))

@@ -141,3 +141,12 @@ def test_activations_are_recomputed_only_where_half_of_the_pack_would_not_fit() 
     assert not fit(500).checkpointing and fit(500).tokens >= 200  # 450 usable, 225 of them for the pass
     assert fit(400) == Fit(8, 400, True)  # 180 tokens would fit without
     assert estimate.fit(10_000, slots=8, tokens=400, checkpointing=True) == Fit(8, 400, True)
+
+
+def test_trials_leave_room_for_a_checkpoint_where_it_takes_more_than_a_pass() -> None:
+    estimate = MemoryEstimate(
+        base_mib=5, trial_mib=10, token_mib=1, checkpointed_token_mib=1, logits_mib=0, micro_batch_tokens=10
+    )
+    large = replace(estimate, checkpoint_mib=50)
+    assert [one.fit(100, slots=8, tokens=10, checkpointing=False).slots for one in (estimate, large)] == [8, 4]
+    assert large.total_mib(Fit(4, 10, False)) == 5 + 4 * 10 + 50

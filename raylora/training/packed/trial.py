@@ -232,8 +232,8 @@ class PackedTrial:
             temporary.mkdir()
             self.peft_config.save_pretrained(temporary)
             tensors = {name: tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
-            content = safetensors.torch.save(tensors, metadata={"format": "pt"})
-            (temporary / "adapter_model.safetensors").write_bytes(content)
+            adapter_file = temporary / "adapter_model.safetensors"
+            adapter_file.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
             state = BytesIO()
             torch.save(self._state(), state)
             (temporary / "trial_state.pt").write_bytes(state.getbuffer())
