@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("_hosts_can_be_made")
 
 SEARCH = (
     "cd raylora && python -m raylora.testing examples/tiny && python -m raylora.search search_spaces/smoke.yaml "
-    "--address auto --device cpu --search.lanes 3 --search.n_trials 9 --training.max_steps 3600 "
+    "--address auto --device cpu --search.lanes 3 --search.n_trials 9 --training.max_steps 2400 "
     "--output /mnt/shared/results/mine"
 )
 
@@ -30,11 +30,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.ray("down", "-y", str(made.file))
 
 
-def n_nodes(cluster: Cluster) -> int:
-    """Return how many nodes Ray can use."""
+def wait_for_nodes(cluster: Cluster, n: int) -> None:
+    """Wait until Ray has so many nodes."""
     code = "import ray; ray.init(log_to_driver=False); print('nodes', len([n for n in ray.nodes() if n['Alive']]))"
-    done = cluster.lab.ssh(cluster.lab.hosts["head"], f'cd raylora && .venv/bin/python -c "{code}"')
-    return int(done.stdout.split("nodes")[1])
+    deadline = time.monotonic() + 180
+    while True:
+        done = cluster.lab.ssh(cluster.lab.hosts["head"], f'cd raylora && .venv/bin/python -c "{code}"')
+        if f"nodes {n}\n" in done.stdout:  # beside what Ray says of lost ones
+            return
+        assert time.monotonic() < deadline, f"not {n} nodes: {done.stdout}"
+        time.sleep(2)
 
 
 def test_a_search_outlives_a_lost_host_which_may_come_back(cluster: Cluster, tmp_path: Path) -> None:
@@ -45,7 +50,7 @@ def test_a_search_outlives_a_lost_host_which_may_come_back(cluster: Cluster, tmp
         lane, host = lanes_on(events, *WORKERS)[0]
         cluster.lab.hosts[host].kill()
         wait_for(run, "lost lane", lost_lanes, 60)
-        assert n_nodes(cluster) == 2
+        wait_for_nodes(cluster, 2)
         cluster.lab.restart(cluster.lab.hosts[host])
         assert process.wait(timeout=400) == 0, (tmp_path / "search.log").read_text()[-3000:]
     except subprocess.TimeoutExpired:
@@ -56,9 +61,6 @@ def test_a_search_outlives_a_lost_host_which_may_come_back(cluster: Cluster, tmp
     assert (lost.lane, lost.reason, lost.blames_trials) == (lane, "its node was lost", False)
     check_that_nothing_is_lost(events)
     assert run.page_file.is_file()
-    deadline = time.monotonic() + 180
-    while n_nodes(cluster) < 3:
-        assert time.monotonic() < deadline, "the host that came back is not in the cluster"
-        time.sleep(5)
+    wait_for_nodes(cluster, 3)
     cluster.ray("rsync-down", str(cluster.file), "/mnt/shared/results/mine/", f"{tmp_path}/mine/")
     assert (tmp_path / "mine" / "report.html").is_file()
