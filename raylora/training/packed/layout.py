@@ -105,6 +105,7 @@ class Layout:
                 "weights": weights,
                 "token_weights": torch.ones(len(predicted)) if weigh_gradients else weights[owner[predicted]],
                 "inside": inside.flatten().nonzero()[:, 0],
+                "borders": torch.cat([starts, ends[-1:]]).to(torch.int32),
                 "scaling": _of_tokens(shares, [share.scaling for share in shares], precise),
                 **{f"ends {index}": _ends(group) for index, group in enumerate(groups)},
                 **(_dropout_tables(shares) if self._has_dropout or self._is_fused else {}),
@@ -117,6 +118,9 @@ class Layout:
 
         self.position_ids = tables["position_ids"]
         """Position of each token in its row, (n_tokens,), int64."""
+
+        self.borders = tables["borders"]
+        """Position of each row's first token, and the number of tokens, (n_rows + 1,), int32."""
 
         self.predicting = tables["predicting"]
         """Positions whose next token has a loss, (n,), int64."""
