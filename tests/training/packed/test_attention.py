@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Gemma3TextConfig
 
 from raylora.training.packed import attention
-from raylora.training.packed.layout import MicroBatch
+from raylora.training.packed.layout import Layout, MicroBatch
 from tests.training.packed.test_forward import CONFIGS, LENGTHS, SIZES, adapter, gradients, pack_of, rows, tiny
 
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
@@ -140,6 +140,22 @@ def test_rows_without_padding_attend_as_padded_rows_do(
     assert flash.windows == 2 * windows and flash.n_backward == 2
     for padded, end_to_end in zip(*found, strict=True):
         torch.testing.assert_close(end_to_end, padded, rtol=1e-7, atol=1e-10)  # float64, in another order
+
+
+def test_rows_of_one_length_are_not_copied_and_attend_as_each_does_alone() -> None:
+    pack = pack_of(tiny(MODELS["mistral, window of 4"]))
+    ids = [row[:5] for row in rows()[0]]
+    one = adapter(pack)
+    layout = Layout([MicroBatch(one, ids, ids)], torch.device("cpu"), None, grouped=False)
+    sequence = torch.arange(60.0).view(20, 3)
+    assert layout.pad(sequence).shape == (4, 5, 3)
+    assert layout.pad(sequence).data_ptr() == layout.unpad(layout.pad(sequence)).data_ptr() == sequence.data_ptr()
+    together = pack.nll([MicroBatch(one, ids, ids)])
+    alone = torch.cat([pack.nll([MicroBatch(one, [row], [row])]) for row in ids])
+    beside_a_longer_one = pack.nll([MicroBatch(one, ids, ids), MicroBatch(one, [rows()[0][1]], [rows()[1][1]])])
+    pack.close()
+    torch.testing.assert_close(together[0], alone.sum(), rtol=1e-10, atol=0)  # float64, in other shapes
+    torch.testing.assert_close(together[0], beside_a_longer_one[0], rtol=1e-10, atol=0)
 
 
 def test_a_window_that_no_row_reaches_sets_no_limit(flash: Flash, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def operators(
     made = [
         Adapter(pack.shapes, r=r, scaling=1.0, dropout=dropout, seed=n, rank_multiple=8) for n, r in enumerate(ranks)
     ]
-    rows = [torch.arange(1, 9), torch.arange(2, 10)]
+    rows = [torch.arange(1, 9), torch.arange(2, 11)]  # of two lengths, else attention needs no padding
     counting = Operators()
     for name in ("project", "add_expanded", "add_outer"):
         monkeypatch.setattr(fused_module.kernels, name, NoKernel(counting.counts))
