@@ -200,14 +200,18 @@ def check(bench: Bench) -> None:
             engine.model, engine.architecture, TokenRows(engine.train), autocast=dtype, rank_multiple=multiple
         )
         pack = Pack(engine.model, list(engine.architecture.shapes), autocast=dtype, grouped=grouped)
-        for pack.fused in (False, True) if has_fused_products(bench.device, dtype) else (False,):
+        has_kernels = has_fused_products(bench.device, dtype)
+        for pack.fused, pack.fused_layers in itertools.product(
+            (False, True) if has_kernels else (False,), (False, True)
+        ):
+            switches = {"dtype": str(dtype), "fused": pack.fused, "fused_layers": pack.fused_layers}
             try:
                 check_pack(pack, reference, dtype)
                 if pack.fused:
                     check_kernels(pack, reference, dtype)
-                bench.note(dtype=str(dtype), fused=pack.fused, passed=True)
+                bench.note(**switches, passed=True)
             except PackingError as error:
-                bench.note(dtype=str(dtype), fused=pack.fused, passed=False, why=str(error))
+                bench.note(**switches, passed=False, why=str(error))
         pack.close()
 
 
@@ -290,6 +294,7 @@ def exact(bench: Bench) -> None:
         autocast=bench.autocast,
         grouped=bench.grouped,
         fused=bench.fused,
+        fused_layers=True,
     )
     for ranks in ((16, 16, 16, 16), (16, 8, 32, 64)):
         whole = _first_gradient(pack, ranks)
@@ -356,7 +361,7 @@ def speed(bench: Bench, shape: str, cases: list[tuple[int, int]], trl_tokens: li
         folder = Path(name)
         for n, tokens in cases[:2]:
             _time_pack(bench, engine, shape, [TRIAL.r] * n, tokens, folder)
-        for options in ({}, {"fused": False}, {"dense": True}):
+        for options in ({}, {"fused": False}, {"fused_layers": False}, {"dense": True}):
             _time_pack(bench, engine, shape, list(MIXED_RANKS), cases[0][1], folder, **options)
         for tokens in trl_tokens:
             trial = TRIAL.model_copy(update={"per_device_train_batch_size": tokens // LENGTH})
@@ -487,6 +492,7 @@ def article(bench: Bench) -> None:
         autocast=bench.autocast,
         grouped=bench.grouped,
         fused=bench.fused,
+        fused_layers=True,
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -145,13 +145,21 @@ def trl_seconds(engine: TrlEngine, trial: Assignment, folder: Path) -> float:
     return reports[-1].train_seconds / N_STEPS
 
 
-def packed(engine: TrlEngine, tokens: int | None = None, *, fused: bool = True, dense: bool = False) -> PackedEngine:
+def packed(
+    engine: TrlEngine,
+    tokens: int | None = None,
+    *,
+    fused: bool = True,
+    fused_layers: bool = True,
+    dense: bool = False,
+) -> PackedEngine:
     """Return a packed engine on another engine's base and data.
 
     Args:
         engine: gives base and data.
         tokens: tokens of a pass; None takes as many as a search does.
         fused: True for the fused kernels, where the device has them.
+        fused_layers: True to take norms, rotary embeddings and attention by fewer kernels.
         dense: True for a base that is kept dequantized.
     """
     device = engine.model.device
@@ -167,6 +175,7 @@ def packed(engine: TrlEngine, tokens: int | None = None, *, fused: bool = True, 
         autocast=dtype if dtype != torch.float32 else None,
         grouped=dtype == torch.bfloat16 and has_grouped_products(device),
         fused=fused and has_fused_products(device, dtype),
+        fused_layers=fused_layers,
         dense=dense and on_gpu,
     )
 

@@ -221,8 +221,9 @@ class SearchSection(Section):
     """Slots of a GPU: trials that train on it at once. `auto` takes as many as fit and still raise the throughput."""
 
     fused_kernels: bool = True
-    """True to take the products of all adapters of a pass by Triton kernels, on GPUs of compute capability 8 and later.
-    They are compared with torch's products when the base is loaded, and not used where they fail."""
+    """True to take a pack's norms, rotary embeddings and attention by fewer kernels, and on GPUs of compute capability
+    8 and later the products of all adapters by Triton kernels. They are compared with the model itself and with
+    torch's products when the base is loaded, and not used where they fail."""
 
     tokens_per_pass: PositiveInt | None = None
     """Largest number of tokens of a pass through the base, which micro-batches of different trials share. None is 4096

@@ -121,6 +121,7 @@ def _pack(
         grouped=grouped,
         dense=on_gpu and autocast is not None and _has_room(architecture, device, memory, fit, dtype),
         fused=config.search.fused_kernels and has_fused_products(device, dtype),
+        fused_layers=config.search.fused_kernels,
     )
     try:
         _check(engine, reference, dtype)
@@ -131,20 +132,26 @@ def _pack(
 
 
 def _check(engine: PackedEngine, reference: Reference, dtype: torch.dtype) -> None:
-    """Check an engine's pack. Where the fused kernels fail, it goes on with the products of torch, and says so.
+    """Check an engine's pack. Where fused kernels or layers fail, it goes on without them, and says so.
 
     Raises:
-        PackingError: the pack fails with these too.
+        PackingError: the pack fails without them too.
     """
-    if engine.pack.fused:
-        try:
-            check_pack(engine.pack, reference, dtype)
-            check_kernels(engine.pack, reference, dtype)
-            return
-        except PackingError as error:
-            engine.pack.fused = False
-            engine.notes.append(f"fused kernels are not used: {error}")
-    check_pack(engine.pack, reference, dtype)
+    pack, errors = engine.pack, list[PackingError]()
+    wanted = {"kernels": pack.fused, "layers": pack.fused_layers}
+    for off in ((), ("kernels",), ("layers",), ("kernels", "layers")):
+        if all(wanted[name] for name in off):
+            pack.fused, pack.fused_layers = (wanted[name] and name not in off for name in wanted)
+            try:
+                check_pack(pack, reference, dtype)
+                if pack.fused:
+                    check_kernels(pack, reference, dtype)
+            except PackingError as error:
+                errors.append(error)
+            else:
+                engine.notes += [f"fused {name} are not used: {errors[0]}" for name in off]
+                return
+    raise errors[-1]
 
 
 def _fit(config: SearchConfig, device: torch.device, memory: MemoryEstimate | None, *, slots: int, tokens: int) -> Fit:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from raylora.base.locate import load_tokenizer
@@ -16,7 +17,9 @@ from raylora.errors import PackingError
 from raylora.training import choose as engines
 from raylora.training.choose import load_engine
 from raylora.training.memory import Fit, MemoryEstimate
+from raylora.training.packed import layers
 from raylora.training.packed.engine import PackedEngine
+from raylora.training.packed.forward import Pack
 from raylora.training.packed.verify import Reference
 from raylora.training.trl import TrlEngine
 
@@ -102,8 +105,41 @@ def test_kernels_that_fail_their_check_are_not_used_and_it_says_so(
     engine = load(make_config(), tmp_path)
     assert isinstance(engine, PackedEngine) and not engine.pack.fused and checked == [True, True, False]
     assert engine.notes == ["fused kernels are not used: the gradient of rank 8 differs"]
+    assert engine.pack.fused_layers  # which have not failed
     engine = load(make_config(search={"fused_kernels": False}), tmp_path)
-    assert isinstance(engine, PackedEngine) and not engine.pack.fused and not engine.notes
+    assert isinstance(engine, PackedEngine) and not engine.notes
+    assert not engine.pack.fused and not engine.pack.fused_layers
+
+
+@pytest.mark.parametrize("kernels_fail", [False, True])
+def test_layers_that_fail_their_check_are_not_used_and_it_says_so(
+    make_config: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels_fail: bool
+) -> None:
+    def check(pack: Pack, *args: object) -> None:
+        if pack.fused_layers or (pack.fused and kernels_fail):
+            raise PackingError("the loss differs")
+
+    monkeypatch.setattr(engines, "has_fused_products", lambda device, dtype: True)
+    monkeypatch.setattr(engines, "check_pack", check)
+    monkeypatch.setattr(engines, "check_kernels", lambda *args: None)
+    engine = load(make_config(), tmp_path)
+    assert isinstance(engine, PackedEngine) and not engine.pack.fused_layers
+    assert engine.pack.fused != kernels_fail
+    off = ["kernels", "layers"] if kernels_fail else ["layers"]
+    assert engine.notes == [f"fused {name} are not used: the loss differs" for name in off]
+
+
+def test_a_wrong_norm_is_found_out_by_the_check_of_a_lane(
+    make_config: Callable[..., SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * 1.01, None, None
+
+    monkeypatch.setattr(layers._RmsNorm, "backward", wrong)
+    engine = load(make_config(), tmp_path)
+    assert isinstance(engine, PackedEngine) and not engine.pack.fused_layers
+    (note,) = engine.notes
+    assert note.startswith("fused layers are not used: packed, the gradient of an adapter of rank 8 differs from peft")
 
 
 def test_attention_that_the_pack_has_not_is_left_to_trl(

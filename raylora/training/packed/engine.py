@@ -46,6 +46,7 @@ class PackedEngine:
         autocast: type of activations, if it is not the parameters' own.
         grouped: as in `Pack`; ranks are then padded to `RANK_MULTIPLE`.
         fused: as in `Pack`.
+        fused_layers: as in `Pack`.
         dense: as in `Pack`.
         dtype: type of the adapters.
     """
@@ -63,11 +64,20 @@ class PackedEngine:
         autocast: torch.dtype | None = None,
         grouped: bool = False,
         fused: bool = False,
+        fused_layers: bool = False,
         dense: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.slots, self._architecture = slots, architecture
-        self.pack = Pack(model, list(architecture.shapes), autocast=autocast, grouped=grouped, fused=fused, dense=dense)
+        self.pack = Pack(
+            model,
+            list(architecture.shapes),
+            autocast=autocast,
+            grouped=grouped,
+            fused=fused,
+            fused_layers=fused_layers,
+            dense=dense,
+        )
         if training.gradient_checkpointing is True:
             # a layer draws no random numbers: dropout masks are functions of seed, micro-batch and layer
             model.gradient_checkpointing_enable(

@@ -16,6 +16,7 @@ the same whatever trains beside it.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,16 +27,18 @@ from transformers.pytorch_utils import Conv1D
 
 from raylora.base.architecture import dense_weight
 from raylora.base.onednn import fast_products
-from raylora.errors import PackingError
 from raylora.training.memory import CHUNK
 from raylora.training.packed.adapter import Shapes
+from raylora.training.packed.attention import attend_within_rows
+from raylora.training.packed.layers import replace_layers
 from raylora.training.packed.layout import Layout, MicroBatch
 
 
 class Pack:
     """A frozen base through which many adapters train. Adapters may join and leave between any two calls.
 
-    The base keeps its modules. Its linear layers get another `forward` until `close` restores their own.
+    The base keeps its modules. Its linear layers get another `forward` until `close` restores their own; so do norms
+    and rotary embeddings with `fused_layers`.
 
     Args:
         model: causal language model with frozen parameters, on any device.
@@ -45,6 +48,7 @@ class Pack:
         grouped: True to take the products of adapters of the same shapes in one call, in bfloat16 where
             `has_grouped_products`.
         fused: True to take the products of all adapters by kernels, where `has_fused_products`.
+        fused_layers: True to compute norms, rotary embeddings and attention by fewer kernels, where they are known.
         dense: True to keep the base's layers dequantized, in the dtype of activations, until `forget_dense`.
         chunk: positions whose logits are in memory at once.
     """
@@ -57,6 +61,7 @@ class Pack:
         autocast: torch.dtype | None = None,
         grouped: bool = False,
         fused: bool = False,
+        fused_layers: bool = False,
         dense: bool = False,
         chunk: int = CHUNK,
     ) -> None:
@@ -72,23 +77,43 @@ class Pack:
         if dense:
             self._dense = {name: dense_weight(layer).to(autocast) for name, layer in self._layers.items()}
         self._layout: Layout | None = None
+        self._layer_undo = ExitStack()
+        with ExitStack() as undo:  # an error leaves the base as it was
+            undo.callback(self._layer_undo.close)
+            self.fused_layers = fused_layers
+            self._replace(undo)
+            self._undo = undo.pop_all()
+        model.eval()
+
+    def _replace(self, undo: ExitStack) -> None:
+        """Replace the base's linear layers and attention. `undo` learns how to restore them."""
         for index, (name, layer) in enumerate(self._layers.items()):
             layer.forward = self._make_forward(index, name, layer)
+            undo.callback(delattr, layer, "forward")  # uncovers the method of the class
         # the embeddings must require a gradient, else autograd leaves the first layers out of the graph
-        self._handle = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
-        self._original_attention = model.config._attn_implementation
-        self._attention = f"within-rows-{id(self)}"
-        ALL_ATTENTION_FUNCTIONS[self._attention] = self._attend_within_rows
-        model.eval()
-        model.set_attn_implementation(self._attention)
+        embeddings = self.model.get_input_embeddings()
+        undo.callback(embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_()).remove)
+        attention = f"within-rows-{id(self)}"
+        ALL_ATTENTION_FUNCTIONS[attention] = self._attend
+        undo.callback(ALL_ATTENTION_FUNCTIONS.pop, attention)
+        undo.callback(self.model.set_attn_implementation, self.model.config._attn_implementation)
+        self.model.set_attn_implementation(attention)
 
     def close(self) -> None:
         """Restore the base's own layers and attention."""
-        for layer in self._layers.values():
-            del layer.forward  # uncovers the method of the class
-        self._handle.remove()
-        self.model.set_attn_implementation(self._original_attention)
-        del ALL_ATTENTION_FUNCTIONS[self._attention]
+        self._undo.close()
+
+    @property
+    def fused_layers(self) -> bool:
+        """True if norms, rotary embeddings and attention are computed by fewer kernels, where they are known."""
+        return self._fused_layers
+
+    @fused_layers.setter
+    def fused_layers(self, fused_layers: bool) -> None:
+        self._layer_undo.close()
+        if fused_layers:
+            self._layer_undo.enter_context(replace_layers(self.model))
+        self._fused_layers = fused_layers
 
     @property
     def is_dense(self) -> bool:
@@ -182,49 +207,21 @@ class Pack:
 
         return forward
 
-    def _attend_within_rows(
+    def _attend(
         self,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        *,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """Apply causal attention to each row by itself. The signature is that of transformers' attention interface.
+        """Apply `attend_within_rows`, by the signature of transformers' attention interface.
 
-        Args:
-            module: the attention module.
-            query: (1, heads, n_tokens, head_dim).
-            key: (1, key_value_heads, n_tokens, head_dim).
-            value: (1, key_value_heads, n_tokens, head_dim).
-            attention_mask: ignored, since rows have no padding.
-            scaling: factor of the scores; None is transformers' default.
-            sliding_window: largest distance in tokens that a token sees; None sets no limit.
-            options: of these, `softcap` is refused.
-
-        Returns:
-            (1, n_tokens, heads, head_dim), and None for the attention weights.
-
-        Raises:
-            PackingError: the model caps its attention scores.
+        The mask is ignored, since rows have no padding. There are no attention weights to return.
         """
-        if options.get("softcap") is not None:
-            # transformers' sdpa ignores it before 5.23
-            raise PackingError("the model caps its attention scores (softcap), which packed attention does not")
         assert self._layout is not None
-        layout, mask = self._layout, None
-        if sliding_window is not None and layout.longest > sliding_window:
-            ones = torch.ones(layout.longest, layout.longest, dtype=torch.bool, device=query.device)
-            mask = ones.tril() & ones.triu(1 - sliding_window)
-        rows = [layout.pad(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value)]
-        attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, *rows, mask, dropout=0.0, scaling=scaling, is_causal=mask is None
-        )
-        return layout.unpad(attended)[None], None
+        return attend_within_rows(self._layout, module, query, key, value, flash=self.fused_layers, **options), None
 
     def _cross_entropy(self, hidden: Tensor, layout: Layout, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Return the loss of each position and the gradient of the weighted sum, chunk by chunk.

@@ -105,6 +105,7 @@ class Layout:
                 "weights": weights,
                 "token_weights": torch.ones(len(predicted)) if weigh_gradients else weights[owner[predicted]],
                 "inside": inside.flatten().nonzero()[:, 0],
+                "borders": torch.cat([starts, ends[-1:]]).to(torch.int32),
                 "scaling": _of_tokens(shares, [share.scaling for share in shares], precise),
                 **{f"ends {index}": _ends(group) for index, group in enumerate(groups)},
                 **(_dropout_tables(shares) if self._has_dropout or self._is_fused else {}),
@@ -117,6 +118,9 @@ class Layout:
 
         self.position_ids = tables["position_ids"]
         """Position of each token in its row, (n_tokens,), int64."""
+
+        self.borders = tables["borders"]
+        """Position of each row's first token, and the number of tokens, (n_rows + 1,), int32."""
 
         self.predicting = tables["predicting"]
         """Positions whose next token has a loss, (n,), int64."""
@@ -150,6 +154,7 @@ class Layout:
         self._owner = tables["owner"]
         self._inside = tables["inside"]  # flat indexes of the positions of (rows, longest) that are not padding
         self._n_rows = len(rows)
+        self._is_even = len(rows) * self.longest == int(ends[-1])  # rows of one length need no padding
 
     def dropout_mask(self, layer: int, n_features: int) -> Tensor | None:
         """Draw the dropout mask of one layer's input, (n_tokens, n_features), uint8.
@@ -170,12 +175,15 @@ class Layout:
         Returns:
             (rows, longest, ...), padded by zeros on the right, where causal attention cannot see them.
         """
+        if self._is_even:
+            return sequence.unflatten(0, (self._n_rows, self.longest))
         padded = sequence.new_zeros(self._n_rows * self.longest, *sequence.shape[1:])
         return padded.index_copy(0, self._inside, sequence).unflatten(0, (self._n_rows, self.longest))
 
     def unpad(self, padded: Tensor) -> Tensor:
         """Return padded rows, (rows, longest, ...), as a sequence, (n_tokens, ...): the reverse of `pad`."""
-        return padded.flatten(0, 1).index_select(0, self._inside)
+        whole = padded.flatten(0, 1)
+        return whole if self._is_even else whole.index_select(0, self._inside)
 
     def sums(self, values: Tensor) -> Tensor:
         """Sum the values of each micro-batch's tokens with loss.

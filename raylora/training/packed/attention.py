@@ -1,0 +1,123 @@
+"""Gives each row of a pass to causal attention by itself."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from raylora.errors import PackingError
+from raylora.training.packed.layout import Layout
+
+LARGEST_HEAD = 256
+"""Largest head dimension of flash attention."""
+
+
+def attend_within_rows(
+    layout: Layout,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    flash: bool,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """Apply causal attention to each row by itself.
+
+    Args:
+        layout: gives the rows.
+        module: the attention module.
+        query: (1, heads, n_tokens, head_dim).
+        key: (1, key_value_heads, n_tokens, head_dim).
+        value: (1, key_value_heads, n_tokens, head_dim).
+        flash: True to take rows without padding where `has_flash`.
+        scaling: factor of the scores; None is transformers' default.
+        sliding_window: number of tokens that a token sees, itself included; None sets no limit.
+        softcap: must be None.
+
+    Returns:
+        (1, n_tokens, heads, head_dim).
+
+    Raises:
+        PackingError: the model caps its attention scores.
+    """
+    if softcap is not None:  # transformers' sdpa ignores it before 5.23
+        raise PackingError("the model caps its attention scores (softcap), which packed attention does not")
+    window = sliding_window if sliding_window is not None and layout.longest > sliding_window else None
+    # a squeezed view costs nothing on its way back; an index costs zeros and a copy
+    sequences = [part.squeeze(0).transpose(0, 1) for part in (query, key, value)]
+    if flash and has_flash(query, key, value):
+        return _flash(layout, *sequences, scaling=scaling, window=window)[None]
+    mask = None
+    if window is not None:
+        ones = torch.ones(layout.longest, layout.longest, dtype=torch.bool, device=query.device)
+        mask = ones.tril() & ones.triu(1 - window)
+    rows = [layout.pad(part).transpose(1, 2) for part in sequences]
+    attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, *rows, mask, dropout=0.0, scaling=scaling, is_causal=mask is None
+    )
+    return layout.unpad(attended)[None]
+
+
+def has_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return True if torch's flash attention takes these.
+
+    It takes bfloat16 and float16 on compute capability 8 and later, and heads of one size, a multiple of 8.
+    """
+    size, dtype = query.shape[-1], query.dtype
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and key.dtype == value.dtype == dtype
+        and value.shape[-1] == size <= LARGEST_HEAD
+        and size % 8 == 0
+        and _has_kernel(query.device)
+    )
+
+
+@cache
+def _has_kernel(device: torch.device) -> bool:
+    """Return True if a device has the kernels of flash attention."""
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def _flash(
+    layout: Layout, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
+) -> Tensor:
+    """Apply flash attention to rows that lie end to end.
+
+    torch's public function for it, `varlen_attn`, makes a table of zeros and takes longer to call.
+
+    Args:
+        layout: gives the borders of rows.
+        query: (n_tokens, heads, head_dim).
+        key: (n_tokens, key_value_heads, head_dim).
+        value: (n_tokens, key_value_heads, head_dim).
+        scaling: factor of the scores; None is 1 / sqrt(head_dim).
+        window: number of tokens that a token sees, itself included; None sets no limit.
+
+    Returns:
+        (n_tokens, heads, head_dim).
+    """
+    longest = layout.longest
+    return torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        layout.borders,
+        layout.borders,
+        longest,
+        longest,
+        0.0,  # dropout
+        True,  # causal
+        False,  # without the mask of dropout
+        scale=scaling,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )[0]
