@@ -33,6 +33,9 @@ LOG_LEVELS = {
     "trl": logging.ERROR,
     "bitsandbytes": logging.ERROR,
     "datasets": logging.ERROR,
+    # each failed request of object storage with its traceback; `Storage` says it in one sentence
+    "gcsfs": logging.CRITICAL,
+    "azure": logging.CRITICAL,
 }
 """Logger name -> lowest level that is shown."""
 

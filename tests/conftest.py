@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from raylora.config.load import build_config
 from raylora.config.schema import SearchConfig
 from raylora.quiet import quiet_libraries
 from raylora.testing import make_rows, make_tiny_model
-from tests.s3_server import environment, s3_server
+from tests.storage_servers import S3, Provider, server
 
 SPACE = {"r": {"choice": [2, 4]}, "lora_alpha": 8, "lora_dropout": 0.0, "learning_rate": {"loguniform": [1e-4, 1e-2]}}
 
@@ -59,19 +60,35 @@ def make_config(tiny_model: Path, rows_file: Path, tmp_path: Path) -> Callable[.
 
 
 @pytest.fixture(scope="session")
-def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with s3_server(tmp_path_factory.mktemp("s3") / "server.log") as port:
+def server_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Provider], int]]:
+    """Gives the port of a provider's server, which is started when it is first asked for."""
+    ports: dict[str, int] = {}
+    with ExitStack() as servers:
+
+        def port(provider: Provider) -> int:
+            if provider.name not in ports:
+                log = tmp_path_factory.mktemp(provider.name) / "server.log"
+                ports[provider.name] = servers.enter_context(server(provider, log))
+            return ports[provider.name]
+
         yield port
 
 
 @pytest.fixture
-def bucket(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a new bucket on the S3 server, which this process and those that it starts find."""
-    for name, value in environment(s3_port).items():
+def provider() -> Provider:
+    """Object storage of a test; modules that import `each_provider` run on others too."""
+    return S3
+
+
+@pytest.fixture
+def bucket(
+    provider: Provider, server_port: Callable[[Provider], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """URL of a new bucket on a server, which this process and those that it starts find."""
+    for name, value in provider.environment(server_port(provider)).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
-    fs = fsspec.filesystem("s3")
-    fs.clear_instance_cache()  # those of another test's server
+    fsspec.filesystem(provider.scheme).clear_instance_cache()  # those of another test's server
     name = f"bucket-{fsspec.utils.tokenize(str(tmp_path))[:12]}"
-    fsspec.filesystem("s3").mkdir(name)
-    return f"s3://{name}"
+    fsspec.filesystem(provider.scheme).mkdir(name)
+    return f"{provider.scheme}://{name}"

@@ -110,7 +110,9 @@ def _urls(pattern: str) -> list[str]:
         raise DataError(unreadable(pattern, error)) from error
     if not files:
         raise DataError(f"data file not found: {pattern}")
-    return [file.full_name for file in files]
+    # adlfs leaves the account of abfs://CONTAINER@ACCOUNT/... out
+    place = pattern.partition("://")[2].partition("/")[0]
+    return [file.full_name.replace(f"://{place.partition('@')[0]}/", f"://{place}/", 1) for file in files]
 
 
 def _is_data(path: Path) -> bool:

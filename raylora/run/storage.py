@@ -26,10 +26,13 @@ THREADS = 8
 """Objects of one folder that are under way at once."""
 
 DEFINITE = (PermissionError, ImportError, ValueError, NotImplementedError)
-"""Errors that another try does not mend, beside those that `REFUSED` knows by their text."""
+"""Errors that another try does not mend, beside those that `_is_refusal` knows."""
 
 REFUSED = re.compile("credential|forbidden|unauthorized|access denied", re.IGNORECASE)
 """Texts by which botocore, gcsfs and adlfs refuse access in errors of other types."""
+
+UNKNOWN_CALLER, FORBIDDEN, MISSING = 401, 403, 404
+"""HTTP statuses of errors that have one."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Storage:
     @cached_property
     def _fs(self) -> tuple[Any, str]:
         """File system, and the path of the URL in it."""
-        scheme = self.url.partition("://")[0]
+        scheme = _scheme(self.url)
         if scheme not in (*EXTRAS, "memory"):  # fsspec's memory:// is for tests
             raise ValueError(f"a run directory is a folder or a URL of {', '.join(EXTRAS)}, found {scheme}://")
         fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
@@ -105,15 +108,18 @@ class Storage:
             below: False leaves out what lies in further folders.
         """
         where = f"/{folder}".rstrip("/")
-        depth = None if below else 1
         try:
-            found = self._try(lambda fs, root: fs.find(root + where, maxdepth=depth, detail=True))
+            # with `maxdepth`, s3fs lists nothing where it is refused or the bucket is missing, and adlfs lists all
+            found = self._try(lambda fs, root: fs.find(root + where, detail=True))
         except FileNotFoundError as error:
             raise self._no_bucket() from error
+        if not found and EXTRAS.get(_scheme(self.url)) == "azure" and not self._try(_has_bucket):
+            raise self._no_bucket()  # adlfs lists a missing container as an empty one
         start = len(self._fs[1]) + 1
-        # a folder whose first object is written meanwhile is listed as itself
-        files = {path: info for path, info in found.items() if info["type"] == "file"}
-        return {path[start:]: Stored(info["size"], _modified(info)) for path, info in files.items()}
+        # a folder whose first object is written meanwhile is listed as itself; one that a console made ends in a slash
+        files = {path[start:]: i for path, i in found.items() if i["type"] == "file" and not path.endswith("/")}
+        wanted = (name for name in files if below or name.count("/") == where.count("/"))
+        return {name: Stored(files[name]["size"], _modified(files[name])) for name in wanted}
 
     def upload(self, file: Path, name: str) -> None:
         """Write an object from a local file."""
@@ -170,7 +176,9 @@ class Storage:
             except (FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:  # botocore, aiohttp, gcsfs and azure each raise their own
-                is_definite = isinstance(error, DEFINITE) or REFUSED.search(f"{type(error).__name__} {error}")
+                if _status(error) == MISSING:
+                    raise FileNotFoundError(first_line(error)) from error
+                is_definite = isinstance(error, DEFINITE) or _is_refusal(error)
                 if is_definite or time.monotonic() + pause > deadline:
                     raise RunDirectoryError(explain(self.url, error)) from error
                 if self.note is not None and pause == FIRST_PAUSE:
@@ -192,14 +200,34 @@ def explain(url: str, error: Exception, needed: str = "list, read, write and del
     """
     text = first_line(error)
     if isinstance(error, ImportError):
-        return f"{url} needs a package: pip install 'raylora[{EXTRAS[url.partition('://')[0]]}]'"
-    if "credentials" in f"{type(error).__name__} {text}".lower():
+        return f"{url} needs a package: pip install 'raylora[{EXTRAS[_scheme(url)]}]'"
+    if _status(error) == UNKNOWN_CALLER or "credentials" in f"{type(error).__name__} {text}".lower():
         return f"{url}: no credentials for it ({text}); set those that its provider's tools read"
-    if isinstance(error, PermissionError) or REFUSED.search(text):
+    if isinstance(error, PermissionError) or _is_refusal(error):
         return f"{url}: access is refused ({text}); the credentials must allow to {needed}"
     if isinstance(error, DEFINITE):
         return f"{url}: {text}"
     return f"{url} cannot be reached ({type(error).__name__}: {text}); check network, endpoint and region"
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return True if a provider refuses access."""
+    is_said = REFUSED.search(f"{type(error).__name__} {first_line(error)}") is not None
+    return is_said or _status(error) in (UNKNOWN_CALLER, FORBIDDEN)
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status of an error; azure-core, aiohttp and gcsfs each name it otherwise."""
+    found = (str(getattr(error, name, "")) for name in ("status_code", "status", "code"))
+    return next((int(status) for status in found if status.isdigit()), None)
+
+
+def _has_bucket(fs: Any, root: str) -> bool:
+    return bool(fs.exists(root.partition("/")[0]))
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0]
 
 
 def _modified(info: dict[str, Any]) -> int:

@@ -9,6 +9,9 @@ import pytest
 from raylora.errors import RunDirectoryError
 from raylora.run.storage import Storage
 from raylora.run.transfer import Uploads, pull_files, pull_folder, push_checkpoint
+from tests.storage_servers import each_provider
+
+__all__ = ["each_provider"]  # the fixture
 
 
 class Counted:
@@ -30,8 +33,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(f"memory:/{tmp_path}/there")
+def storage(bucket: str) -> Storage:
+    return Storage(f"{bucket}/there")
 
 
 def write(folder: Path, *names: str, text: str = "x", at: int = 1_000_000_000) -> None:
