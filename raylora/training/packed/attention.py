@@ -1,6 +1,6 @@
 """Gives each row of a pass to causal attention by itself."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -9,6 +9,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raylora.errors import PackingError
 from raylora.training.packed.layout import Layout
+
+ROW_CALL = 16
+"""Tokens of padding a row, on average, from which a call for each row is faster than one for all, on a CPU.
+
+A call of its own takes as long as 17 tokens of 9 heads of 64, or as 5 tokens of 32 heads: benchmarks/packed.md.
+"""
 
 LARGEST_HEAD = 256
 """Largest head dimension of flash attention."""
@@ -48,20 +54,49 @@ def attend_within_rows(
     """
     if softcap is not None:  # transformers' sdpa ignores it before 5.23
         raise PackingError("the model caps its attention scores (softcap), which packed attention does not")
-    window = sliding_window if sliding_window is not None and layout.longest > sliding_window else None
     # a squeezed view costs nothing on its way back; an index costs zeros and a copy
     sequences = [part.squeeze(0).transpose(0, 1) for part in (query, key, value)]
     if flash and has_flash(query, key, value):
+        window = sliding_window if sliding_window is not None and layout.longest > sliding_window else None
         return _flash(layout, *sequences, scaling=scaling, window=window)[None]
-    mask = None
-    if window is not None:
-        ones = torch.ones(layout.longest, layout.longest, dtype=torch.bool, device=query.device)
-        mask = ones.tril() & ones.triu(1 - window)
-    rows = [layout.pad(part).transpose(1, 2) for part in sequences]
+    attend = partial(_sdpa, module, scaling=scaling, sliding_window=sliding_window)
+    if query.device.type == "cpu" and layout.padding > ROW_CALL * len(layout.lengths):
+        alone = zip(*(sequence.split(layout.lengths) for sequence in sequences), strict=True)
+        return torch.cat([attend(*(part[None] for part in row)) for row in alone], dim=1)
+    return layout.unpad(attend(*map(layout.pad, sequences)))[None]
+
+
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Apply transformers' causal SDPA to rows of one length; what is padded on the right is not seen.
+
+    Args:
+        module: the attention module.
+        query: (rows, length, heads, head_dim).
+        key: (rows, length, key_value_heads, head_dim).
+        value: (rows, length, key_value_heads, head_dim).
+        scaling: as for `attend_within_rows`.
+        sliding_window: as for `attend_within_rows`.
+
+    Returns:
+        (rows, length, heads, head_dim).
+    """
+    mask, length = None, query.shape[1]
+    if sliding_window is not None and length > sliding_window:
+        ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        mask = ones.tril() & ones.triu(1 - sliding_window)
+    rows = [part.transpose(1, 2) for part in (query, key, value)]
     attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
         module, *rows, mask, dropout=0.0, scaling=scaling, is_causal=mask is None
     )
-    return layout.unpad(attended)[None]
+    return attended
 
 
 def has_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:

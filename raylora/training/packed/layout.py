@@ -1,6 +1,7 @@
 """Lays the rows of many trials end to end as one sequence of tokens, and maps its tokens to trials."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,13 @@ class Layout:
         ]
         alike = itertools.groupby(shares, key=lambda share: share.adapter.shape if grouped else share.owner)
         groups = [list(group) for _, group in alike]
-        self.longest = int(lengths.max())
+        self.lengths: list[int] = lengths.tolist()
+        """Tokens of each row."""
+
+        self.longest = max(self.lengths)
+        self.padding = len(rows) * self.longest - int(ends[-1])
+        """Tokens that `pad` adds."""
+
         owner = torch.tensor(order).repeat_interleave(torch.tensor(n_tokens))
         # a position predicts the next token of its row, so a row's first token has no loss
         loss_mask = labels != IGNORE
@@ -153,8 +160,6 @@ class Layout:
             ]
         self._owner = tables["owner"]
         self._inside = tables["inside"]  # flat indexes of the positions of (rows, longest) that are not padding
-        self._n_rows = len(rows)
-        self._is_even = len(rows) * self.longest == int(ends[-1])  # rows of one length need no padding
 
     def dropout_mask(self, layer: int, n_features: int) -> Tensor | None:
         """Draw the dropout mask of one layer's input, (n_tokens, n_features), uint8.
@@ -175,15 +180,16 @@ class Layout:
         Returns:
             (rows, longest, ...), padded by zeros on the right, where causal attention cannot see them.
         """
-        if self._is_even:
-            return sequence.unflatten(0, (self._n_rows, self.longest))
-        padded = sequence.new_zeros(self._n_rows * self.longest, *sequence.shape[1:])
-        return padded.index_copy(0, self._inside, sequence).unflatten(0, (self._n_rows, self.longest))
+        shape = (len(self.lengths), self.longest)
+        if not self.padding:
+            return sequence.unflatten(0, shape)
+        padded = sequence.new_zeros(math.prod(shape), *sequence.shape[1:])
+        return padded.index_copy(0, self._inside, sequence).unflatten(0, shape)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """Return padded rows, (rows, longest, ...), as a sequence, (n_tokens, ...): the reverse of `pad`."""
         whole = padded.flatten(0, 1)
-        return whole if self._is_even else whole.index_select(0, self._inside)
+        return whole.index_select(0, self._inside) if self.padding else whole
 
     def sums(self, values: Tensor) -> Tensor:
         """Sum the values of each micro-batch's tokens with loss.

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Gemma3TextConfig
 
 from raylora.training.packed import attention
@@ -125,9 +126,16 @@ def test_rows_without_padding_attend_as_padded_rows_do(
     name: str, flash: Flash, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, labels = rows()
-    found = []
-    for has_flash in (False, True):
+    found, lengths, sdpa = [], list[int](), attention._sdpa
+
+    def noted(module: nn.Module, query: Tensor, *others: Tensor, **options: Any) -> Tensor:
+        lengths.append(query.shape[1])
+        return sdpa(module, query, *others, **options)
+
+    monkeypatch.setattr(attention, "_sdpa", noted)
+    for has_flash, row_call in ((False, max(LENGTHS)), (True, 0), (False, 0)):
         monkeypatch.setattr(attention, "has_flash", lambda *_, has_flash=has_flash: has_flash)
+        monkeypatch.setattr(attention, "ROW_CALL", row_call)
         pack = pack_of(tiny(MODELS[name]), fused_layers=True)
         adapters = [adapter(pack, seed=0, dropout=0.2), adapter(pack, seed=1, r=3)]
         batches = [
@@ -138,8 +146,10 @@ def test_rows_without_padding_attend_as_padded_rows_do(
         pack.close()
     windows = {"mistral, window of 4": [3, 3], "gemma3": [3, None]}.get(name, [None, None])
     assert flash.windows == 2 * windows and flash.n_backward == 2
-    for padded, end_to_end in zip(*found, strict=True):
-        torch.testing.assert_close(end_to_end, padded, rtol=1e-7, atol=1e-10)  # float64, in another order
+    assert lengths == 4 * [max(LENGTHS)] + 4 * list(LENGTHS)  # two layers, with a gradient and without
+    for padded, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, padded, rtol=1e-7, atol=1e-10)  # float64, in another order
 
 
 def test_rows_of_one_length_are_not_copied_and_attend_as_each_does_alone() -> None:
