@@ -29,7 +29,7 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-check: lint test              ## what CI runs
+check: lint test              ## what CI runs, beside ray-up
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""Measures how long `ray up` takes on three hosts, and how long a search then takes to its first step.
+"""Measures how long `ray up` takes on three hosts, and how long a search then takes to its first trial.
 
 Run as root, as `python benchmarks/ray_up.py OUTPUT.json`, with nothing else running. The hosts are namespaces of this
 machine (`tests/cluster/hosts.py`), which share its cores. They have the packages already.
@@ -42,7 +42,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "seconds_of_ray_up": up - began,
         "seconds_from_there_to_each_lane": [lane - up for lane in lanes],
-        "seconds_from_there_to_the_first_step": min(e.time for e in events if isinstance(e, Started)) - up,
+        "seconds_from_there_to_the_first_trial": min(e.time for e in events if isinstance(e, Started)) - up,
         "seconds_from_there_to_the_end": done - up,
     }
     Path(sys.argv[1]).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

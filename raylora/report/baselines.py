@@ -82,20 +82,26 @@ def nearest(facts: RunFacts, baseline: Baseline) -> TrialRow | None:
         rank = math.log2(trial.r / baseline.r) / 8 if baseline.r else 0.0
         return abs(math.log2(trial.learning_rate / baseline.learning_rate)) + abs(rank)
 
-    near = [
+    validated = [trial for trial in _near(facts, baseline) if trial.eval_loss is not None]
+    return min(validated, key=lambda trial: (distance(trial), trial.number), default=None)
+
+
+def _near(facts: RunFacts, baseline: Baseline) -> list[TrialRow]:
+    """Return the trials that are near enough to a baseline."""
+    return [
         trial
         for trial in facts.state.trials.values()
-        if trial.eval_loss is not None
-        and trial.repeat_of is None
+        if trial.repeat_of is None
         and _within(trial.learning_rate, baseline.learning_rate, NEAR_RATE)
         and (baseline.r is None or _within(trial.r, baseline.r, NEAR_RANK))
     ]
-    return min(near, key=lambda trial: (distance(trial), trial.number), default=None)
 
 
 def _compare(facts: RunFacts, chosen: TrialRow, baseline: Baseline) -> str:
     """Return a sentence on the best trial against one baseline."""
     trial = nearest(facts, baseline)
+    if trial is None and (near := _near(facts, baseline)):
+        return f"Trial {near[0].number} is near {baseline}, and was never validated."
     if trial is None:
         rates = [trial.learning_rate for trial in facts.state.trials.values()]
         tried = f"learning rates here go from {learning_rate(min(rates))} to {learning_rate(max(rates))}"
@@ -121,7 +127,7 @@ def _compare(facts: RunFacts, chosen: TrialRow, baseline: Baseline) -> str:
 
 def _is_exactly(trial: TrialRow, baseline: Baseline) -> bool:
     """Return True if a trial has all that a baseline recommends."""
-    same_rate = math.isclose(trial.learning_rate, baseline.learning_rate, rel_tol=0.01)
+    same_rate = math.isclose(trial.learning_rate, baseline.learning_rate, rel_tol=0.02)
     return same_rate and all(
         wanted is None or found == wanted
         for found, wanted in ((trial.r, baseline.r), (trial.lora_alpha, baseline.lora_alpha))

@@ -113,6 +113,8 @@ class Storage:
             found = self._try(lambda fs, root: fs.find(root + where, detail=True))
         except FileNotFoundError as error:
             raise self._no_bucket() from error
+        if isinstance(found, list):  # adlfs, where the URL is that of an object
+            raise RunDirectoryError(f"{self.url}{where} is an object, and no folder; name another URL")
         if not found and EXTRAS.get(_scheme(self.url)) == "azure" and not self._try(_has_bucket):
             raise self._no_bucket()  # adlfs lists a missing container as an empty one
         start = len(self._fs[1]) + 1
@@ -223,10 +225,12 @@ def _status(error: Exception) -> int | None:
 
 
 def _has_bucket(fs: Any, root: str) -> bool:
+    """Return False if a bucket is missing. adlfs says True too where the credentials may not look."""
     return bool(fs.exists(root.partition("/")[0]))
 
 
 def _scheme(url: str) -> str:
+    """Return what stands before `://`."""
     return url.partition("://")[0]
 
 

@@ -13,6 +13,7 @@ from raylora.data.rows import TokenRows, load_part
 from raylora.errors import PackingError
 from raylora.training.memory import MIB, USABLE, Fit, MemoryEstimate, free_memory_mib, tokens_per_pass
 from raylora.training.packed.engine import RANK_MULTIPLE, PackedEngine
+from raylora.training.packed.forward import Pack
 from raylora.training.packed.fused import has_fused_products
 from raylora.training.packed.group import has_grouped_products
 from raylora.training.packed.verify import Reference, check_kernels, check_pack, measure_reference
@@ -137,21 +138,36 @@ def _check(engine: PackedEngine, reference: Reference, dtype: torch.dtype) -> No
     Raises:
         PackingError: the pack fails without them too.
     """
-    pack, errors = engine.pack, list[PackingError]()
-    wanted = {"kernels": pack.fused, "layers": pack.fused_layers}
-    for off in ((), ("kernels",), ("layers",), ("kernels", "layers")):
-        if all(wanted[name] for name in off):
-            pack.fused, pack.fused_layers = (wanted[name] and name not in off for name in wanted)
-            try:
-                check_pack(pack, reference, dtype)
-                if pack.fused:
-                    check_kernels(pack, reference, dtype)
-            except PackingError as error:
-                errors.append(error)
-            else:
-                engine.notes += [f"fused {name} are not used: {errors[0]}" for name in off]
-                return
-    raise errors[-1]
+    pack = engine.pack
+    wanted = pack.fused, pack.fused_layers
+    error = _error(pack, reference, dtype)
+    if error is None:
+        return
+    first = error
+    pack.fused = pack.fused_layers = False
+    if not any(wanted) or (error := _error(pack, reference, dtype)) is not None:
+        raise error
+    # it works without both, so each by itself may work
+    for alone in ((False, True), (True, False)) if all(wanted) else ():
+        pack.fused, pack.fused_layers = alone
+        if _error(pack, reference, dtype) is None:
+            break
+    else:
+        pack.fused = pack.fused_layers = False
+    for name, was, is_on in zip(("kernels", "layers"), wanted, (pack.fused, pack.fused_layers), strict=True):
+        if was and not is_on:
+            engine.notes.append(f"fused {name} are not used: {first}")
+
+
+def _error(pack: Pack, reference: Reference, dtype: torch.dtype) -> PackingError | None:
+    """Return how a pack differs from the model itself; None if it does not."""
+    try:
+        check_pack(pack, reference, dtype)
+        if pack.fused:
+            check_kernels(pack, reference, dtype)
+    except PackingError as error:
+        return error
+    return None
 
 
 def _fit(config: SearchConfig, device: torch.device, memory: MemoryEstimate | None, *, slots: int, tokens: int) -> Fit:

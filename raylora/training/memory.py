@@ -151,8 +151,12 @@ class MemoryEstimate:
         if checkpointing != "auto":
             return self._fit(free_mib, slots, tokens, checkpointing)
         plain = self._fit(free_mib, slots, tokens, False)
-        is_enough = 2 * plain.slots >= slots and 2 * plain.tokens >= tokens and self._fits(plain, free_mib)
-        return plain if is_enough else self._fit(free_mib, slots, tokens, True)
+        fits = self._fits(plain, free_mib)
+        if fits and 2 * plain.slots >= slots and 2 * plain.tokens >= tokens:
+            return plain
+        recomputed = self._fit(free_mib, slots, tokens, True)
+        gains = recomputed.slots > plain.slots or recomputed.tokens > plain.tokens
+        return recomputed if gains or not fits else plain
 
     def _fit(self, free_mib: float, slots: int, tokens: int, checkpointing: bool) -> Fit:
         usable, per_token = USABLE * free_mib, self.checkpointed_token_mib if checkpointing else self.token_mib

@@ -35,7 +35,7 @@ def wait_for_nodes(cluster: Cluster, n: int) -> None:
     code = "import ray; ray.init(log_to_driver=False); print('nodes', len([n for n in ray.nodes() if n['Alive']]))"
     deadline = time.monotonic() + 180
     while True:
-        done = cluster.lab.ssh(cluster.lab.hosts["head"], f'cd raylora && .venv/bin/python -c "{code}"')
+        done = cluster.lab.ssh(cluster.lab.hosts["head"], f'cd raylora && .venv/bin/python -c "{code}"', check=False)
         if f"nodes {n}\n" in done.stdout:  # beside what Ray says of lost ones
             return
         assert time.monotonic() < deadline, f"not {n} nodes: {done.stdout}"

@@ -79,6 +79,14 @@ def test_a_baseline_far_from_every_trial_is_not_compared(make_config: MakeConfig
     assert rule.endswith(" is the best trial itself.")  # (2000 / 64) ** .781 * 5e-4 = 7.3e-3
 
 
+def test_a_baseline_whose_trial_failed_is_not_recommended_again(make_config: MakeConfig, tmp_path: Path) -> None:
+    tried = history_of(1, {}, "failed", r=16, lora_alpha=32, learning_rate=2e-4)
+    events: list[Event] = [SESSION, LANE, *history_of(0, {9: 1.0}, "finished"), *tried]
+    facts = load_facts(make_run(tmp_path / "run", make_config(space=SPACE), events))
+    said = "Trial 1 is near the published default (r 16, lora_alpha 32, learning rate 2e-4), and was never validated."
+    assert comparisons(facts)[0] == said
+
+
 def test_the_rule_is_not_applied_to_a_base_of_unknown_size(make_config: MakeConfig, tmp_path: Path) -> None:
     facts = load_facts(make_run(tmp_path / "run", make_config(space=SPACE, base_model={"name": "owner/model"})))
     assert comparisons(facts)[1].startswith("The learning-rate rule needs the base's hidden size")

@@ -103,7 +103,7 @@ def test_kernels_that_fail_their_check_are_not_used_and_it_says_so(
     assert isinstance(engine, PackedEngine) and engine.pack.fused and not engine.notes and checked == [True]
     monkeypatch.setattr(engines, "check_kernels", fails)
     engine = load(make_config(), tmp_path)
-    assert isinstance(engine, PackedEngine) and not engine.pack.fused and checked == [True, True, False]
+    assert isinstance(engine, PackedEngine) and not engine.pack.fused and checked == [True, True, False, False]
     assert engine.notes == ["fused kernels are not used: the gradient of rank 8 differs"]
     assert engine.pack.fused_layers  # which have not failed
     engine = load(make_config(search={"fused_kernels": False}), tmp_path)
@@ -186,3 +186,6 @@ def test_trials_leave_room_for_a_checkpoint_where_it_takes_more_than_a_pass() ->
     large = replace(estimate, checkpoint_mib=50)
     assert [one.fit(100, slots=8, tokens=10, checkpointing=False).slots for one in (estimate, large)] == [8, 4]
     assert large.total_mib(Fit(4, 10, False)) == 5 + 4 * 10 + 50
+    # fewer activations would make no room for a trial more
+    cheaper = replace(large, checkpointed_token_mib=0.1)
+    assert cheaper.fit(80, slots=8, tokens=10, checkpointing="auto") == Fit(2, 10, False)

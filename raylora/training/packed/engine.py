@@ -26,7 +26,10 @@ from raylora.training.packed.layout import MicroBatch
 from raylora.training.packed.trial import PackedTrial
 
 MAX_PADDING = 4
-"""Largest number of tokens that attention sees, with the padding of its rows, over the tokens of a pass. Our choice."""
+"""Largest number of tokens that attention sees, with the padding of its rows, over the tokens of a pass. Our choice.
+
+It holds for attention without padding too, so that passes are the same on all devices.
+"""
 
 RANK_MULTIPLE = 8
 """Multiple to which ranks are padded for grouped products: their kernel wants rows of 16 bytes, 8 in bfloat16."""

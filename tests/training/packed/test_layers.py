@@ -126,6 +126,10 @@ class Norm(nn.Module):
         self.weight, self.eps, self.form = nn.Parameter(torch.linspace(-0.5, 2, n), requires_grad=False), 1e-6, form
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.form == "raises":
+            raise ValueError("two rows are not what is expected")
+        if self.form == "another shape":
+            return x[:, :3]
         if self.form == "eps outside the root":
             return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)
         if self.form == "groups":
@@ -136,9 +140,17 @@ class Norm(nn.Module):
         return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
 
 
-@pytest.mark.parametrize("form", ["known", "eps outside the root", "groups", "less its mean"])
+@pytest.mark.parametrize(
+    "form", ["known", "eps outside the root", "groups", "less its mean", "raises", "another shape"]
+)
 def test_only_a_norm_that_computes_the_formula_is_replaced(form: str) -> None:
     assert (_fused_norm(Norm(form)) is not None) == (form == "known")
+
+
+def test_a_norm_that_learns_from_its_inputs_is_not_tried() -> None:
+    norm = nn.BatchNorm1d(16).train()
+    assert _fused_norm(norm) is None
+    assert not norm.running_mean.any() and norm.num_batches_tracked == 0
 
 
 def test_trying_a_norm_draws_no_random_numbers_of_the_process() -> None:
