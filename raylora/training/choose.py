@@ -140,13 +140,13 @@ def _check(engine: PackedEngine, reference: Reference, dtype: torch.dtype) -> No
     """
     pack = engine.pack
     wanted = pack.fused, pack.fused_layers
-    error = _error(pack, reference, dtype)
-    if error is None:
+    with_all = _error(pack, reference, dtype)
+    if with_all is None:
         return
-    first = error
     pack.fused = pack.fused_layers = False
-    if not any(wanted) or (error := _error(pack, reference, dtype)) is not None:
-        raise error
+    without = _error(pack, reference, dtype) if any(wanted) else with_all
+    if without is not None:
+        raise without
     # it works without both, so each by itself may work
     for alone in ((False, True), (True, False)) if all(wanted) else ():
         pack.fused, pack.fused_layers = alone
@@ -156,7 +156,7 @@ def _check(engine: PackedEngine, reference: Reference, dtype: torch.dtype) -> No
         pack.fused = pack.fused_layers = False
     for name, was, is_on in zip(("kernels", "layers"), wanted, (pack.fused, pack.fused_layers), strict=True):
         if was and not is_on:
-            engine.notes.append(f"fused {name} are not used: {first}")
+            engine.notes.append(f"fused {name} are not used: {with_all}")
 
 
 def _error(pack: Pack, reference: Reference, dtype: torch.dtype) -> PackingError | None:
