@@ -7,7 +7,6 @@ import ctypes
 import gc
 import json
 import tempfile
-from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -26,6 +25,7 @@ from raylora.training.memory import (
     estimate_memory,
     peak_memory_mib,
     reset_peak_memory,
+    resident_mib,
 )
 from raylora.training.trl import TrlEngine
 
@@ -107,18 +107,11 @@ def peak_of_a_checkpoint(engine: TrlEngine, folder: Path) -> float:
     pack.trials[0].save()  # loads what it imports
     forget()
     before = resident_mib()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak on the host, as `reset_peak_memory` does on a CPU
+    reset_peak_memory()
     pack.trials[0].save()
     highest = resident_mib("VmHWM")
     pack.close()
     return highest - before
-
-
-def resident_mib(field: str = "VmRSS") -> float:
-    """MiB of this process's resident memory: now, or as `VmHWM` at most; proc(5)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def forget() -> None:

@@ -18,13 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from raylora.run.directory import RunDirectory  # noqa: E402
 from raylora.run.events import LaneUp, Started, read_events  # noqa: E402
-from tests.cluster.ray_cluster import hosts_with_the_checkout  # noqa: E402
-
-SEARCH = (
-    "cd raylora && python -m raylora.testing examples/tiny && python -m raylora.search search_spaces/smoke.yaml "
-    "--address auto --device cpu --search.lanes 3 --search.n_trials 3 --training.max_steps 900 "
-    "--output /mnt/shared/results/mine"
-)
+from tests.cluster.ray_cluster import hosts_with_the_checkout, search_command  # noqa: E402
 
 
 def main() -> None:
@@ -32,7 +26,7 @@ def main() -> None:
         began = time.time()
         cluster.ray("up", "-y", str(cluster.file))
         up = time.time()
-        cluster.ray("exec", str(cluster.file), SEARCH, timeout=600)
+        cluster.ray("exec", str(cluster.file), search_command(n_trials=3, max_steps=900), timeout=600)
         done = time.time()
         events = list(read_events(RunDirectory(cluster.lab.shared / "results" / "mine").events_file))
         cluster.ray("down", "-y", str(cluster.file))

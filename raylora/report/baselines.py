@@ -100,13 +100,8 @@ def _near(facts: RunFacts, baseline: Baseline) -> list[TrialRow]:
 def _compare(facts: RunFacts, chosen: TrialRow, baseline: Baseline) -> str:
     """Return a sentence on the best trial against one baseline."""
     trial = nearest(facts, baseline)
-    if trial is None and (near := _near(facts, baseline)):
-        return f"Trial {near[0].number} is near {baseline}, and was never validated."
     if trial is None:
-        rates = [trial.learning_rate for trial in facts.state.trials.values()]
-        tried = f"learning rates here go from {learning_rate(min(rates))} to {learning_rate(max(rates))}"
-        cure = "To compare, make it one of the starting_points."
-        return f"No trial is near {baseline}: {tried}, r from {_ranks(facts)}. {cure}"
+        return _why_none(facts, baseline)
     if trial.number in (chosen.number, chosen.repeat_of):
         return f"Nearest to {baseline} is the best trial itself."
     losses = {number: _losses(facts, number) for number in (chosen.number, trial.number)}
@@ -123,6 +118,16 @@ def _compare(facts: RunFacts, chosen: TrialRow, baseline: Baseline) -> str:
         f"{stand_in}: its loss at step {step} is {theirs:.4g}, and the best trial's there is {ours:.4g}, "
         f"{change(ours, theirs)}."
     )
+
+
+def _why_none(facts: RunFacts, baseline: Baseline) -> str:
+    """Return a sentence on a baseline for which no trial stands."""
+    if near := _near(facts, baseline):
+        return f"Trial {near[0].number} is near {baseline}, and was never validated."
+    rates = [trial.learning_rate for trial in facts.state.trials.values()]
+    tried = f"learning rates here go from {learning_rate(min(rates))} to {learning_rate(max(rates))}"
+    cure = "To compare, make it one of the starting_points."
+    return f"No trial is near {baseline}: {tried}, r from {_ranks(facts)}. {cure}"
 
 
 def _is_exactly(trial: TrialRow, baseline: Baseline) -> bool:

@@ -241,19 +241,23 @@ def estimate_memory(
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of `peak_memory_mib`."""
+    """Start a new measurement of `peak_memory_mib`, and of the peak of resident memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    else:
-        with suppress(OSError):  # if the kernel forbids it, the peak since the process began stands
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present size, proc(5)
+    with suppress(OSError):  # if the kernel forbids it, the peak since the process began stands
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present size, proc(5)
 
 
 def peak_memory_mib() -> float:
     """Return the peak since the last reset in MiB: allocated GPU memory, or this process's resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / MIB
+    return resident_mib("VmHWM")
+
+
+def resident_mib(field: Literal["VmRSS", "VmHWM"] = "VmRSS") -> float:
+    """Return the resident memory of this process in MiB: now, or at its peak (`VmHWM`); NaN if unknown. See proc(5)."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
     return math.nan

@@ -15,6 +15,15 @@ RAY = str(Path(sys.executable).with_name("ray"))
 WORKERS = ("worker1", "worker2")
 
 
+def search_command(*, n_trials: int, max_steps: int) -> str:
+    """Return the README's search for `ray exec`, on a tiny model and with a lane for each host."""
+    return (
+        "cd raylora && python -m raylora.testing examples/tiny && python -m raylora.search search_spaces/smoke.yaml "
+        f"--address auto --device cpu --search.lanes 3 --search.n_trials {n_trials} --training.max_steps {max_steps} "
+        "--output /mnt/shared/results/mine"
+    )
+
+
 @dataclass
 class Cluster:
     """Three hosts that `ray up` has made a cluster of."""

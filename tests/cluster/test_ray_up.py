@@ -10,16 +10,10 @@ import pytest
 from raylora.run.directory import RunDirectory
 from raylora.run.events import read_events
 from tests.cluster.hosts import ROOT
-from tests.cluster.ray_cluster import RAY, WORKERS, Cluster, hosts_with_the_checkout
+from tests.cluster.ray_cluster import RAY, WORKERS, Cluster, hosts_with_the_checkout, search_command
 from tests.cluster.searches import check_that_nothing_is_lost, lanes_on, lost_lanes, reports, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("_hosts_can_be_made")]
-
-SEARCH = (
-    "cd raylora && python -m raylora.testing examples/tiny && python -m raylora.search search_spaces/smoke.yaml "
-    "--address auto --device cpu --search.lanes 3 --search.n_trials 9 --training.max_steps 2400 "
-    "--output /mnt/shared/results/mine"
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +38,8 @@ def wait_for_nodes(cluster: Cluster, n: int) -> None:
 
 def test_a_search_outlives_a_lost_host_which_may_come_back(cluster: Cluster, tmp_path: Path) -> None:
     run = RunDirectory(cluster.lab.shared / "results" / "mine")
-    process = cluster.lab.start([RAY, "exec", str(cluster.file), SEARCH], tmp_path / "search.log", cwd=ROOT)
+    search = search_command(n_trials=9, max_steps=2400)
+    process = cluster.lab.start([RAY, "exec", str(cluster.file), search], tmp_path / "search.log", cwd=ROOT)
     try:
         events = wait_for(run, "lane on a worker", lambda events: lanes_on(events, *WORKERS) and reports(events))
         lane, host = lanes_on(events, *WORKERS)[0]
