@@ -15,6 +15,9 @@ from bitsandbytes.nn import Params4bit
 
 from raylora.errors import MergeError
 
+LARGE = 4096
+"""Elements from which a CPU looks levels up by cells: `bucketize` branches, and takes twice as long."""
+
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """Scale of a block of zeros, so that no division by zero occurs: the smallest normal float32."""
 
@@ -30,6 +33,19 @@ def _boundaries(device: torch.device) -> torch.Tensor:
     """Return the midpoints between neighbouring levels: (15,), float32."""
     grid = levels(device)
     return (grid[1:] + grid[:-1]) / 2
+
+
+CELLS = 64
+"""Equal cells of [-1, 1]. NF4's steps are wider and its boundaries off the edges: at most one boundary lies in a cell."""
+
+
+@functools.cache
+def _cells() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the level at the lower end of each cell, (CELLS,), int32, and the boundary above each level, (16,)."""
+    boundaries = _boundaries(torch.device("cpu"))
+    edges = torch.linspace(-1, 1, CELLS + 1)[:-1]
+    above = torch.cat([boundaries, torch.full((1,), torch.inf)])
+    return torch.bucketize(edges, boundaries, out_int32=True), above
 
 
 def scale_of(weight: Params4bit) -> torch.Tensor:
@@ -86,7 +102,13 @@ def nearest_code(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     Returns:
         The shape of `values`, int32, in [0, 15].
     """
-    return torch.bucketize(values / scale, _boundaries(values.device), out_int32=True)
+    position = values / scale
+    if position.device.type != "cpu" or position.numel() < LARGE:
+        return torch.bucketize(position, _boundaries(values.device), out_int32=True)
+    lowest, above = _cells()
+    cells = (position.flatten() * (CELLS / 2)).add_(CELLS / 2).to(torch.int32).clamp_(0, CELLS - 1)
+    codes = lowest.index_select(0, cells)
+    return codes.add_(position.flatten() > above.index_select(0, codes)).view(position.shape)
 
 
 def nearest(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,11 @@ import torch
 
 from raylora.base.nf4 import levels, nearest
 
-BLOCK = 64
+BLOCK = 256
 """Input features that are rounded before one matrix product carries their errors to all others, as in GPTQ."""
+
+IN_TURN = 16
+"""Input features of a block that are rounded one after the other; matrix products carry errors between such groups."""
 
 MAX_GAIN = 5.0
 """Largest gain of the update. A larger one would add more noise than it keeps of the update. Our choice."""
@@ -56,7 +59,7 @@ class CalibrationInputs:
 
     def __init__(self, inputs: torch.Tensor, target: torch.Tensor) -> None:
         self._inputs, self._difference = inputs.float(), target.float() - inputs.float()
-        self.hessian = self._inputs.T @ self._inputs
+        self.hessian = _gram(self._inputs)
         self.hessian.diagonal().add_(DAMPING * self.hessian.diagonal().mean() + torch.finfo(torch.float32).tiny)
         """Damped Hessian H = X^T X, without the factor 2: (in_features, in_features), float32."""
 
@@ -120,48 +123,53 @@ def calibrated(
     Returns:
         Q, values on the grid of `scale`.
     """
-    # the weights of one input feature side by side
-    base_weight, scale = base_weight.T.contiguous(), scale.T.contiguous()
-    change = (inputs.corrected(target).T - base_weight).contiguous()
-    rounded = error_feedback(base_weight + change, scale, inputs.factor)
-    gradient = inputs.hessian @ (rounded - base_weight - change)
+    change = inputs.corrected(target) - base_weight
+    rounded, gradient = error_feedback(base_weight + change, scale, inputs.factor)
     for _ in range(sweeps):
         descend(rounded, gradient, scale, inputs.hessian)
-    hessian_change = inputs.hessian @ change
-    whole = (change * hessian_change).sum(0).clamp_min(torch.finfo(hessian_change.dtype).tiny)
+    change_hessian = change @ inputs.hessian
+    whole = (change * change_hessian).sum(1, keepdim=True).clamp_min(torch.finfo(change_hessian.dtype).tiny)
     gain = torch.ones_like(whole)
     for _ in range(gain_sweeps):
-        projection = ((rounded - base_weight) * hessian_change).sum(0) / whole
+        projection = ((rounded - base_weight) * change_hessian).sum(1, keepdim=True) / whole
         new_gain = (gain + 1 - projection).clamp(1 / MAX_GAIN, MAX_GAIN)
-        gradient -= (new_gain - gain) * hessian_change
+        gradient -= (new_gain - gain) * change_hessian
         descend(rounded, gradient, scale, inputs.hessian)
         gain = new_gain
-    return rounded.T.contiguous()
+    return rounded
 
 
-def error_feedback(target: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def error_feedback(
+    target: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Round one input feature after the other. Each makes up for the errors of those before it.
 
     With H = U U^T, the squared distance is the sum over features i of the squares of
-    U_ii (Q - T)_i + sum_(j < i) U_ji (Q - T)_j. Each feature in turn makes its own square least. The result is GPTQ's,
-    which works on the inverse of H.
+    ((Q - T) U)_i = U_ii (Q - T)_i + sum_(j < i) U_ji (Q - T)_j. Each feature in turn makes its own square least. The
+    result is GPTQ's, which works on the inverse of H.
 
     Args:
-        target: T, (in_features, out_features).
-        scale: scale of each element, > 0, (in_features, out_features).
+        target: T.
+        scale: scale of each element, > 0.
         factor: U, upper triangular, (in_features, in_features).
 
     Returns:
-        Q, values on the grid of `scale`, (in_features, out_features).
+        Q, values on the grid of `scale`, and the `gradient` of `descend` there.
 
     Source: Frantar et al. 2022, "GPTQ", algorithm 1 (arXiv:2210.17323).
     """
-    carried = (factor / factor.diagonal()).T
-    best, rounded = target.clone(), torch.empty_like(target)
-    for block in _slices(len(target), BLOCK):
-        rounded[block] = _round_in_turn(best[block], target[block], scale[block], carried[block, block])
-        best[block.stop :].addmm_(carried[block.stop :, block], rounded[block] - target[block], alpha=-1)
-    return rounded
+    carried = factor / factor.diagonal()
+    best, rounded, missed = target.clone(), torch.empty_like(target), torch.empty_like(target)
+    for block in _slices(target.shape[1], BLOCK):
+        aims, origin, scales = (matrix[:, block].T.contiguous() for matrix in (best, target, scale))
+        levels_of_block = _round_in_turn(aims, origin, scales, carried[block, block].T)
+        rounded[:, block] = levels_of_block.T
+        missed[:, block] = (levels_of_block - aims).T * factor.diagonal()[block]  # ((Q - T) U)_i
+        best[:, block.stop :].addmm_((levels_of_block - origin).T, carried[block, block.stop :], alpha=-1)
+    gradient = best  # no longer needed
+    for block in _slices(target.shape[1], BLOCK):
+        gradient[:, block] = missed[:, block.start :] @ factor[block, block.start :].T
+    return rounded, gradient
 
 
 def descend(rounded: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> None:
@@ -170,17 +178,18 @@ def descend(rounded: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, 
     This is one sweep of coordinate descent on the squared distance tr((Q - T') H (Q - T')^T).
 
     Args:
-        rounded: Q, (in_features, out_features), changed in place.
-        gradient: half the gradient of the squared distance, H (Q - T'), (in_features, out_features), updated in place.
-        scale: scale of each element, > 0, (in_features, out_features).
+        rounded: Q, changed in place.
+        gradient: half the gradient of the squared distance, (Q - T') H, of the shape of Q, updated in place.
+        scale: scale of each element, > 0.
         hessian: damped Hessian H, (in_features, in_features).
     """
-    diagonal = hessian.diagonal()[:, None]
-    for block in _slices(len(rounded), BLOCK):
-        best = rounded[block] - gradient[block] / diagonal[block]
-        moved = _round_in_turn(best, rounded[block], scale[block], hessian[block, block] / diagonal[block])
-        gradient.addmm_(hessian[:, block], moved - rounded[block])
-        rounded[block] = moved
+    diagonal = hessian.diagonal()
+    for block in _slices(rounded.shape[1], BLOCK):
+        origin, slope, scales = (matrix[:, block].T.contiguous() for matrix in (rounded, gradient, scale))
+        share = hessian[block, block] / diagonal[block, None]
+        moved = _round_in_turn(origin - slope / diagonal[block, None], origin, scales, share)
+        _add_product(gradient, (moved - origin).T, hessian[block])
+        rounded[:, block] = moved.T
 
 
 def _round_in_turn(
@@ -189,8 +198,8 @@ def _round_in_turn(
     """Round the features of a block one after the other.
 
     Args:
-        best: best value of each feature while the features of the block are at their origin, (n, out_features); it is
-            overwritten.
+        best: best value of each feature while the features of the block are at their origin, (n, out_features). On
+            return, the best value when its turn came.
         origin: (n, out_features).
         scale: scale of each element, > 0, (n, out_features).
         carried: [i, j] is the share of the move of feature j that is taken from the best value of a later feature i,
@@ -199,6 +208,11 @@ def _round_in_turn(
     Returns:
         Values on the grid of `scale`, (n, out_features).
     """
+    half = len(best) // 2
+    if len(best) > IN_TURN:
+        first = _round_in_turn(best[:half], origin[:half], scale[:half], carried[:half, :half])
+        best[half:].addmm_(carried[half:, :half], first - origin[:half], alpha=-1)
+        return torch.cat([first, _round_in_turn(best[half:], origin[half:], scale[half:], carried[half:, half:])])
     rounded: list[torch.Tensor] = []
     # split beforehand: on a CPU, half of the time of a small layer would go to indexing
     rows, origins, scales, columns = best.unbind(0), origin.unbind(0), scale.unbind(0), carried.unbind(1)
@@ -206,6 +220,21 @@ def _round_in_turn(
         rounded.append(nearest(rows[feature], scales[feature]))
         best[feature + 1 :].addr_(column[feature + 1 :], rounded[feature] - origins[feature], alpha=-1)
     return torch.stack(rounded)
+
+
+def _add_product(total: torch.Tensor, moves: torch.Tensor, matrix: torch.Tensor) -> None:
+    """Add moves @ matrix to a total. One weight in a hundred moves, which a CPU makes use of."""
+    total.addmm_(moves.contiguous().to_sparse_csr() if moves.device.type == "cpu" else moves, matrix)
+
+
+def _gram(inputs: torch.Tensor) -> torch.Tensor:
+    """Return X^T X, (in_features, in_features). It is symmetric, so that little more than half is computed."""
+    n = inputs.shape[1]
+    product = inputs.new_empty(n, n)
+    for block in _slices(n, max(BLOCK, n // 8)):
+        product[: block.stop, block] = inputs[:, : block.stop].T @ inputs[:, block]
+        product[block, : block.start] = product[: block.start, block].T
+    return product
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:

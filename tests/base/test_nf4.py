@@ -61,3 +61,15 @@ def test_a_block_of_zeros_stays_zero() -> None:
 def test_another_kind_of_quantization_is_named() -> None:
     with pytest.raises(MergeError, match=r"layer.weight must be in bitsandbytes' nf4, found absmax"):
         nf4.from_tensors("layer", {"layer.weight": torch.zeros(4), "layer.weight.absmax": torch.zeros(1)}, "cpu")
+
+
+def test_many_values_find_the_level_that_a_search_among_the_boundaries_finds() -> None:
+    levels = nf4.levels(torch.device("cpu"))
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    beside = [torch.nextafter(boundaries, torch.full_like(boundaries, to)) for to in (-9.0, 9.0)]
+    edges = torch.linspace(-1, 1, nf4.CELLS + 1)
+    torch.manual_seed(0)
+    values = torch.cat([boundaries, *beside, edges, torch.tensor([-7.0, 7.0]), torch.randn(nf4.LARGE) * 0.6])
+    codes = nf4.nearest_code(values, torch.ones_like(values))
+    assert torch.equal(codes, torch.bucketize(values, boundaries, out_int32=True))
+    assert torch.equal(codes[None].T, nf4.nearest_code(values[:, None], torch.ones(1)))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from raylora.base.nf4 import levels, nearest
+from raylora.merge import rounding
 from raylora.merge.rounding import CalibrationInputs, calibrated, descend, error_feedback, stochastic
 
 
@@ -51,14 +52,12 @@ def test_calibrated_rounding_keeps_the_outputs_that_nearest_rounding_loses(
 
 def test_descent_never_makes_the_outputs_worse(layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     weight, scale, inputs = layer
-    target = (weight + 0.02 * torch.randn(32, 64)).T.contiguous()
-    statistics, scale = CalibrationInputs(inputs, inputs), scale.T.contiguous()
-    rounded = error_feedback(target, scale, statistics.factor)
-    gradient = statistics.hessian @ (rounded - target)
+    target, statistics = weight + 0.02 * torch.randn(32, 64), CalibrationInputs(inputs, inputs)
+    rounded, gradient = error_feedback(target, scale, statistics.factor)
 
     def objective() -> float:
         off = rounded - target
-        return float((off * (statistics.hessian @ off)).sum())
+        return float((off * (off @ statistics.hessian)).sum())
 
     objectives = [objective()]
     for _ in range(3):
@@ -66,7 +65,25 @@ def test_descent_never_makes_the_outputs_worse(layer: tuple[torch.Tensor, torch.
         objectives.append(objective())
     assert objectives == sorted(objectives, reverse=True)
     assert objectives[-1] < objectives[0]
-    assert torch.allclose(gradient, statistics.hessian @ (rounded - target), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(gradient, (rounded - target) @ statistics.hessian, rtol=1e-3, atol=1e-3)
+
+
+def test_blocks_change_nothing_but_the_time(
+    layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, scale, inputs = layer
+    target = weight + 0.02 * torch.randn(32, 64)
+
+    def rounded(block: int, in_turn: int) -> torch.Tensor:
+        monkeypatch.setattr(rounding, "BLOCK", block)
+        monkeypatch.setattr(rounding, "IN_TURN", in_turn)
+        statistics = CalibrationInputs(inputs, 1.01 * inputs)
+        return calibrated(weight, target, scale, statistics, sweeps=2, gain_sweeps=2)
+
+    one_by_one = rounded(block=64, in_turn=64)
+    assert torch.equal(rounded(block=24, in_turn=24), one_by_one)
+    assert torch.equal(rounded(block=40, in_turn=4), one_by_one)
+    assert not torch.equal(one_by_one, weight)
 
 
 def test_calibrated_rounding_mends_what_earlier_layers_got_wrong(
