@@ -36,7 +36,7 @@ def _boundaries(device: torch.device) -> torch.Tensor:
 
 
 CELLS = 64
-"""Equal cells of [-1, 1]. NF4's steps are wider and its boundaries off the edges: at most one boundary lies in a cell."""
+"""Equal cells of [-1, 1]: so narrow that at most one boundary lies in a cell. None lies on an edge."""
 
 
 @functools.cache

@@ -123,20 +123,22 @@ def calibrated(
     Returns:
         Q, values on the grid of `scale`.
     """
-    change = inputs.corrected(target) - base_weight
+    # the weights of one input feature side by side
+    base_weight, scale = base_weight.T.contiguous(), scale.T.contiguous()
+    change = (inputs.corrected(target).T - base_weight).contiguous()
     rounded, gradient = error_feedback(base_weight + change, scale, inputs.factor)
     for _ in range(sweeps):
         descend(rounded, gradient, scale, inputs.hessian)
-    change_hessian = change @ inputs.hessian
-    whole = (change * change_hessian).sum(1, keepdim=True).clamp_min(torch.finfo(change_hessian.dtype).tiny)
+    hessian_change = inputs.hessian @ change
+    whole = (change * hessian_change).sum(0).clamp_min(torch.finfo(hessian_change.dtype).tiny)
     gain = torch.ones_like(whole)
     for _ in range(gain_sweeps):
-        projection = ((rounded - base_weight) * change_hessian).sum(1, keepdim=True) / whole
+        projection = ((rounded - base_weight) * hessian_change).sum(0) / whole
         new_gain = (gain + 1 - projection).clamp(1 / MAX_GAIN, MAX_GAIN)
-        gradient -= (new_gain - gain) * change_hessian
+        gradient -= ((new_gain - gain) * hessian_change).T
         descend(rounded, gradient, scale, inputs.hessian)
         gain = new_gain
-    return rounded
+    return rounded.T.contiguous()
 
 
 def error_feedback(
@@ -145,30 +147,28 @@ def error_feedback(
     """Round one input feature after the other. Each makes up for the errors of those before it.
 
     With H = U U^T, the squared distance is the sum over features i of the squares of
-    ((Q - T) U)_i = U_ii (Q - T)_i + sum_(j < i) U_ji (Q - T)_j. Each feature in turn makes its own square least. The
+    (U^T (Q - T))_i = U_ii (Q - T)_i + sum_(j < i) U_ji (Q - T)_j. Each feature in turn makes its own square least. The
     result is GPTQ's, which works on the inverse of H.
 
     Args:
-        target: T.
-        scale: scale of each element, > 0.
+        target: T, (in_features, out_features).
+        scale: scale of each element, > 0, (in_features, out_features).
         factor: U, upper triangular, (in_features, in_features).
 
     Returns:
-        Q, values on the grid of `scale`, and the `gradient` of `descend` there.
+        Q, values on the grid of `scale`, (in_features, out_features); and the gradient there, as for `descend`.
 
     Source: Frantar et al. 2022, "GPTQ", algorithm 1 (arXiv:2210.17323).
     """
-    carried = factor / factor.diagonal()
-    best, rounded, missed = target.clone(), torch.empty_like(target), torch.empty_like(target)
-    for block in _slices(target.shape[1], BLOCK):
-        aims, origin, scales = (matrix[:, block].T.contiguous() for matrix in (best, target, scale))
-        levels_of_block = _round_in_turn(aims, origin, scales, carried[block, block].T)
-        rounded[:, block] = levels_of_block.T
-        missed[:, block] = (levels_of_block - aims).T * factor.diagonal()[block]  # ((Q - T) U)_i
-        best[:, block.stop :].addmm_((levels_of_block - origin).T, carried[block, block.stop :], alpha=-1)
-    gradient = best  # no longer needed
-    for block in _slices(target.shape[1], BLOCK):
-        gradient[:, block] = missed[:, block.start :] @ factor[block, block.start :].T
+    carried = (factor / factor.diagonal()).T
+    best, rounded = target.clone(), torch.empty_like(target)
+    for block in _slices(len(target), BLOCK):
+        rounded[block] = _round_in_turn(best[block], target[block], scale[block], carried[block, block])
+        best[block.stop :].addmm_(carried[block.stop :, block], rounded[block] - target[block], alpha=-1)
+    missed = (rounded - best).mul_(factor.diagonal()[:, None])  # U^T (Q - T)
+    gradient = target.new_empty(target.T.shape)
+    for block in _slices(len(target), BLOCK):
+        gradient[:, block] = missed[block.start :].T @ factor[block, block.start :].T
     return rounded, gradient
 
 
@@ -178,18 +178,18 @@ def descend(rounded: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, 
     This is one sweep of coordinate descent on the squared distance tr((Q - T') H (Q - T')^T).
 
     Args:
-        rounded: Q, changed in place.
-        gradient: half the gradient of the squared distance, (Q - T') H, of the shape of Q, updated in place.
-        scale: scale of each element, > 0.
+        rounded: Q, (in_features, out_features), changed in place.
+        gradient: half the gradient of the squared distance, (Q - T')^T H, (out_features, in_features), updated in
+            place.
+        scale: scale of each element, > 0, (in_features, out_features).
         hessian: damped Hessian H, (in_features, in_features).
     """
-    diagonal = hessian.diagonal()
-    for block in _slices(rounded.shape[1], BLOCK):
-        origin, slope, scales = (matrix[:, block].T.contiguous() for matrix in (rounded, gradient, scale))
-        share = hessian[block, block] / diagonal[block, None]
-        moved = _round_in_turn(origin - slope / diagonal[block, None], origin, scales, share)
-        _add_product(gradient, (moved - origin).T, hessian[block])
-        rounded[:, block] = moved.T
+    diagonal = hessian.diagonal()[:, None]
+    for block in _slices(len(rounded), BLOCK):
+        best = rounded[block] - gradient[:, block].T / diagonal[block]
+        moved = _round_in_turn(best, rounded[block], scale[block], hessian[block, block] / diagonal[block])
+        _add_product(gradient, (moved - rounded[block]).T, hessian[block])
+        rounded[block] = moved
 
 
 def _round_in_turn(

@@ -80,6 +80,9 @@ class Forecaster:
         self._load_before = 0.0
         """Load that had been done by then."""
 
+        self._arrived: dict[int, float] = {}
+        """Trial at its rung -> time at which that was first seen."""
+
     def forecast(self, state: SearchState, now: float, steps: Mapping[int, int] | None = None) -> Forecast:
         """Return how far the search is.
 
@@ -99,17 +102,50 @@ class Forecaster:
             _load(step, self._rungs, loads) - _load(state.trials[number].step, self._rungs, loads)
             for number, step in steps.items()
         )
+        waits = self._validating(state, steps, now)
+        speed = self._speed(state, load, reported, reports, now, sum(seconds for _, seconds in waits.values()))
+        n_lanes, seconds = sum(lane.up for lane in state.lanes.values()), None
+        if speed is not None and n_lanes:
+            per_load, per_report = speed
+            seconds = sum(n * each for n, each in zip(left, loads, strict=True)) * per_load + sum(reports) * per_report
+            seconds -= sum(min(waited, n * per_report) for n, waited in waits.values())
+            seconds /= n_lanes
+        return Forecast(done, sum(left), sum(reports), seconds)
+
+    def _speed(
+        self, state: SearchState, load: float, reported: float, reports: list[int], now: float, waited: float
+    ) -> tuple[float, float] | None:
+        """Return the seconds of a lane for a load and for a report; None before any step was taken.
+
+        Args:
+            state: the search as it stands.
+            load: that was done.
+            reported: its part behind the last reports.
+            reports: expected at each rung.
+            now: seconds since 1970.
+            waited: seconds of all lanes together for validations that are not reported yet.
+        """
         if state.lanes and self._up_at is None:
             self._up_at, self._load_before = now, load
-        load_left = sum(n * each for n, each in zip(left, loads, strict=True))
-        n_lanes, seconds = sum(lane.up for lane in state.lanes.values()), None
         if state.totals.reported_steps:
-            training = load_left * state.totals.train_seconds / reported
-            seconds = training + sum(reports) * state.seconds_per_report()
-        elif self._up_at is not None and load > self._load_before:  # before the first report, the clock tells
-            load_left += self._validation(reports)
-            seconds = load_left * max(1, len(state.lanes)) * (now - self._up_at) / (load - self._load_before)
-        return Forecast(done, sum(left), sum(reports), None if seconds is None or not n_lanes else seconds / n_lanes)
+            return state.totals.train_seconds / reported, state.seconds_per_report()
+        if self._up_at is None or load <= self._load_before:
+            return None
+        training = len(state.lanes) * (now - self._up_at) - waited  # before the first report, the clock tells
+        per_load = training / (load - self._load_before)
+        return per_load, per_load * self._validation(reports) / max(1, sum(reports))
+
+    def _validating(self, state: SearchState, steps: Mapping[int, int], now: float) -> dict[str, tuple[int, float]]:
+        """Return the lanes that validate: lane -> trials at their rung that have not reported, seconds since then."""
+        running = [state.trials[number] for number in state.numbers("running")]
+        rows = [row for row in running if steps.get(row.number, row.step) >= self._goal(row) > row.step]
+        self._arrived = {row.number: self._arrived.get(row.number, now) for row in rows}
+        lanes: dict[str, tuple[int, float]] = {}
+        for row in rows:
+            assert row.lane is not None  # it is running
+            n, waited = lanes.get(row.lane, (0, 0.0))
+            lanes[row.lane] = n + 1, max(waited, now - self._arrived[row.number])
+        return lanes
 
     def _admitted(self, state: SearchState) -> list[int]:
         """Return the trials that were admitted to each rung so far."""

@@ -54,7 +54,7 @@ class Link(Protocol):
 
 
 class Heart:
-    """Sends pulses of a lane, at most one a second.
+    """Sends pulses of a lane: at most one a second, and one where a trial is validated next.
 
     Args:
         link: takes them.
@@ -65,40 +65,37 @@ class Heart:
         self._link, self._clock = link, clock
         self._sent_at, self._n_tokens = clock(), 0
 
-    def beat(self, steps: dict[int, int], n_tokens: int) -> None:
+    def beat(self, steps: dict[int, int], n_tokens: int, *, at_rung: bool = False) -> None:
         """Take note of a step of the engine, and send a pulse if one is due.
 
         Args:
             steps: trial -> its step.
             n_tokens: tokens of this step, of all trials together.
+            at_rung: a trial has reached a rung, and is validated next.
         """
         self._n_tokens += n_tokens
         seconds = self._clock() - self._sent_at
-        if seconds >= PULSE_SECONDS:
+        if seconds >= PULSE_SECONDS or (at_rung and seconds > 0):
             self._link.beat(Pulse(steps, self._n_tokens / seconds, peak_memory_mib()))
             self._sent_at, self._n_tokens = self._clock(), 0
 
 
 def serve_pack(engine: PackedEngine, link: Link, run: RunDirectory, ready: Ready) -> None:
     """Train the trials that the controller sends, together, until the search is over."""
-    pack, heart = _Pack(engine, run), Heart(link)
+    pack = _Pack(engine, run, Heart(link))
     orders = link.exchange([ready])
     while orders is not None:
         news = [news for order in orders for news in pack.obey(order)] + pack.step()
-        heart.beat({number: trial.step for number, trial in engine.trials.items()}, pack.n_tokens)
         orders = link.exchange(news) if news else link.poll(wait=not engine.trials)
 
 
 class _Pack:
     """Turns orders and steps into news."""
 
-    def __init__(self, engine: PackedEngine, run: RunDirectory) -> None:
-        self._engine, self._run = engine, run
+    def __init__(self, engine: PackedEngine, run: RunDirectory, heart: Heart) -> None:
+        self._engine, self._run, self._heart = engine, run, heart
         self._starts: dict[int, Start] = {}
         """Order that each trial on the lane was started by."""
-
-        self.n_tokens = 0
-        """Tokens that the last step trained on."""
 
     def obey(self, order: Order) -> list[News]:
         """Take a trial in or out."""
@@ -120,11 +117,12 @@ class _Pack:
 
     def step(self) -> list[News]:
         """Train all trials for one step; validate those that have reached a rung."""
-        engine, self.n_tokens = self._engine, 0
+        engine = self._engine
         if not engine.trials:
+            self._heart.beat({}, 0)
             return []
         try:
-            found = engine.step()
+            found = engine.step(stepped=self._beat)
         except OUT_OF_MEMORY as error:
             if len(engine.trials) == 1:
                 return [self._drop(next(iter(engine.trials)), error)]
@@ -137,8 +135,15 @@ class _Pack:
             if not faults:  # the trials fail only together, as where memory is short
                 return [self._shrink(describe_failure(error))]
             return [self._drop(number, fault) for number, fault in faults.items()]
-        self.n_tokens = engine.tokens_of_step
         return [self._tell(number, metrics) for number, metrics in found.items()]
+
+    def _beat(self) -> None:
+        trials = self._engine.trials
+        steps, at_rung = (
+            {number: trial.step for number, trial in trials.items()},
+            any(t.is_due for t in trials.values()),
+        )
+        self._heart.beat(steps, self._engine.tokens_of_step, at_rung=at_rung)
 
     def _tell(self, number: int, found: RungMetrics | Exception) -> News:
         if isinstance(found, Exception):
@@ -198,7 +203,7 @@ def _fit(engine: Engine, link: Link, run: RunDirectory, start: Start) -> list[Or
             directory=run.trial(start.number),
             report=report,
             resume_from=fetched_path(run, start.resume_from),
-            stepped=lambda step, n_tokens: heart.beat({start.number: step}, n_tokens),
+            stepped=lambda step, n_tokens: heart.beat({start.number: step}, n_tokens, at_rung=step in start.rungs),
         )
     except Exception as error:
         return link.exchange([what_failed(start, error, run, alone=True, slots=1)])

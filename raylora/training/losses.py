@@ -1,10 +1,12 @@
 """Computes the validation loss per token, which searches minimise and merges are judged by."""
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 
 import datasets
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -87,9 +89,18 @@ def _predict(model: PreTrainedModel, input_ids: torch.Tensor, loss_mask: torch.T
     """
     found = []
     for ids, mask in zip(input_ids.split(n_rows), loss_mask.split(n_rows), strict=True):
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1]
+        positions = mask.any(0).nonzero()[:, 0]  # prompts are spared the head
+        wanted = {"logits_to_keep": positions.to(model.device)} if _keeps_logits(model) else {}
+        logits = model(input_ids=ids.to(model.device), use_cache=False, **wanted).logits
+        mask = mask[:, positions] if wanted else torch.nn.functional.pad(mask, (0, 1))
         found.append(logits[mask.to(logits.device)].to(torch.promote_types(logits.dtype, torch.float32)))
     return torch.cat(found)
+
+
+def _keeps_logits(model: PreTrainedModel) -> bool:
+    """Return True if the model computes logits at chosen positions only, as nearly all of transformers do."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def _batches(part: datasets.Dataset, batch_size: int, pad_token_id: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

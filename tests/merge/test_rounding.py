@@ -52,12 +52,13 @@ def test_calibrated_rounding_keeps_the_outputs_that_nearest_rounding_loses(
 
 def test_descent_never_makes_the_outputs_worse(layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     weight, scale, inputs = layer
-    target, statistics = weight + 0.02 * torch.randn(32, 64), CalibrationInputs(inputs, inputs)
+    target = (weight + 0.02 * torch.randn(32, 64)).T.contiguous()
+    statistics, scale = CalibrationInputs(inputs, inputs), scale.T.contiguous()
     rounded, gradient = error_feedback(target, scale, statistics.factor)
 
     def objective() -> float:
         off = rounded - target
-        return float((off * (off @ statistics.hessian)).sum())
+        return float((off * (statistics.hessian @ off)).sum())
 
     objectives = [objective()]
     for _ in range(3):
@@ -65,7 +66,7 @@ def test_descent_never_makes_the_outputs_worse(layer: tuple[torch.Tensor, torch.
         objectives.append(objective())
     assert objectives == sorted(objectives, reverse=True)
     assert objectives[-1] < objectives[0]
-    assert torch.allclose(gradient, (rounded - target) @ statistics.hessian, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(gradient, (rounded - target).T @ statistics.hessian, rtol=1e-3, atol=1e-3)
 
 
 def test_blocks_change_nothing_but_the_time(

@@ -61,6 +61,28 @@ def test_validation_is_counted_by_report_and_training_by_step() -> None:
     assert forecast.seconds_left == pytest.approx(seconds)
 
 
+def test_time_passes_while_trials_are_validated() -> None:
+    # two trials in a pack have reported; then both are at the next rung, and each report takes .75 s
+    state = state_of(*(event for number in (0, 1) for event in history_of(number, {4: 1.0})))
+    forecaster = Forecaster(config(), RUNGS)
+    began = forecaster.forecast(state, 100.0, {0: 8, 1: 8}).seconds_left
+    assert began is not None
+    assert forecaster.forecast(state, 101.0, {0: 8, 1: 8}).seconds_left == pytest.approx(began - 1)
+    # a validation that takes longer than thought does not make what follows it shorter
+    assert forecaster.forecast(state, 109.0, {0: 8, 1: 8}).seconds_left == pytest.approx(began - 2 * 0.75)
+
+
+def test_the_first_validation_does_not_slow_the_speed_down() -> None:
+    forecaster = Forecaster(config(), RUNGS, Sizes(step=1e9, validation=10**9))
+    state = state_of(*history_of(0, {}))
+    forecaster.forecast(state, 100.0)
+    began = forecaster.forecast(state, 108.0, {0: 4}).seconds_left
+    assert began is not None
+    # 4 steps in 8 seconds; it takes a third of a step to validate as many tokens as a step trains on
+    assert forecaster.forecast(state, 108.4, {0: 4}).seconds_left == pytest.approx(began - 0.4)
+    assert forecaster.forecast(state, 118.0, {0: 4}).seconds_left == pytest.approx(began - 2 / 3)
+
+
 def test_steps_of_late_rungs_take_longer_since_few_trials_share_a_pass() -> None:
     # a pass costs as much as 2 trials: packs of 8, 4 and 3 take 10, 6 and 5 where a trial's step takes 1
     forecaster, state = Forecaster(config(), RUNGS, Sizes(step=20.0, validation=120)), state_of(*history_of(0, {}))

@@ -310,6 +310,33 @@ def test_a_lane_beats_once_a_second_with_the_speed_since_its_last_beat() -> None
     assert first.memory_mib > 0
 
 
+def test_a_lane_beats_before_it_validates() -> None:
+    now, link = [0.0], Script()
+    heart = Heart(link, clock=lambda: now[0])
+    now[0] = 0.5
+    heart.beat({0: 4}, n_tokens=60, at_rung=True)
+    (pulse,) = link.pulses
+    assert pulse.steps == {0: 4} and pulse.tokens_per_second == pytest.approx(120)
+
+
+def test_a_pack_beats_between_training_and_validation(
+    engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Script([start(0)], [], [Leave(0)])
+    n_pulses: list[int] = []
+    validate = engine._validate
+
+    def watched(numbers: list[int]) -> dict[int, float]:
+        nonlocal n_pulses
+        n_pulses += [len(told.pulses)] if numbers else []
+        return validate(numbers)
+
+    monkeypatch.setattr(engine, "_validate", watched)
+    serve_pack(engine, told, RunDirectory(tmp_path / "run"), READY)  # type: ignore[arg-type]
+    # rungs are steps 1 and 3
+    assert [told.pulses[n - 1].steps for n in n_pulses] == [{0: 1}, {0: 3}]
+
+
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     """Run in object storage: fsspec's memory."""

@@ -6,6 +6,7 @@ row order and batch size; `raylora.training.packed.forward` lets them share the 
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -148,10 +149,13 @@ class PackedEngine:
             torch.cuda.empty_cache()
         return checkpoints
 
-    def step(self) -> dict[int, RungMetrics | TrialError | OSError]:
+    def step(self, stepped: Callable[[], None] = lambda: None) -> dict[int, RungMetrics | TrialError | OSError]:
         """Train every trial for one optimizer step, then validate and save those that have reached a rung.
 
         Trials that stand at a rung unreported, as after a step that ran out of memory while validating, report first.
+
+        Args:
+            stepped: called in between.
 
         Returns:
             Number -> metrics of each trial at a rung, or why it cannot go on.
@@ -164,6 +168,7 @@ class PackedEngine:
         self.tokens_of_step = 0
         if not self._due():
             self._train()
+            stepped()
         return self._report(self._due())
 
     def faults(self) -> dict[int, Exception]:
