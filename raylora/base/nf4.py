@@ -15,8 +15,11 @@ from bitsandbytes.nn import Params4bit
 
 from raylora.errors import MergeError
 
+CELLS = 64
+"""Equal cells of [-1, 1], by which levels are looked up: so narrow that at most one boundary lies in a cell."""
+
 LARGE = 4096
-"""Elements from which a CPU looks levels up by cells: `bucketize` branches, and takes twice as long."""
+"""Values from which a CPU looks levels up by cells. `bucketize` branches, and takes twice as long."""
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """Scale of a block of zeros, so that no division by zero occurs: the smallest normal float32."""
@@ -33,10 +36,6 @@ def _boundaries(device: torch.device) -> torch.Tensor:
     """Return the midpoints between neighbouring levels: (15,), float32."""
     grid = levels(device)
     return (grid[1:] + grid[:-1]) / 2
-
-
-CELLS = 64
-"""Equal cells of [-1, 1]: so narrow that at most one boundary lies in a cell. None lies on an edge."""
 
 
 @functools.cache

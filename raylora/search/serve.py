@@ -139,10 +139,8 @@ class _Pack:
 
     def _beat(self) -> None:
         trials = self._engine.trials
-        steps, at_rung = (
-            {number: trial.step for number, trial in trials.items()},
-            any(t.is_due for t in trials.values()),
-        )
+        at_rung = any(trial.is_due for trial in trials.values())
+        steps = {number: trial.step for number, trial in trials.items()}
         self._heart.beat(steps, self._engine.tokens_of_step, at_rung=at_rung)
 
     def _tell(self, number: int, found: RungMetrics | Exception) -> News:

@@ -155,7 +155,7 @@ class PackedEngine:
         Trials that stand at a rung unreported, as after a step that ran out of memory while validating, report first.
 
         Args:
-            stepped: called in between.
+            stepped: called after training, before validation.
 
         Returns:
             Number -> metrics of each trial at a rung, or why it cannot go on.
