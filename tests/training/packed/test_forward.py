@@ -181,6 +181,9 @@ def test_a_trial_learns_with_the_same_scaling_in_any_company() -> None:
     factor = float(train(2.105, 1.37) @ alike / (alike @ alike))
     # a scaling in bfloat16 would act as 2.109, 0.002 more
     assert factor == pytest.approx(1, abs=8e-4)
+    # nor is it rounded in all company alike: 2.105 and its neighbour in bfloat16 act as two numbers
+    neighbour, one = train(2.109375, 1.37), train(2.105, 1.37)
+    assert float(neighbour @ one / (one @ one)) == pytest.approx(2.109375 / 2.105, abs=8e-4)
 
 
 def test_small_weights_do_not_underflow_in_float16() -> None:
