@@ -19,6 +19,7 @@ import torch
 
 from raylora.cli.command import parse_overrides
 from raylora.config.load import load_config
+from raylora.data.of_run import data_of_run
 from raylora.quiet import quiet_libraries
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
@@ -98,7 +99,7 @@ def back_to_back(run: RunDirectory, settings: list[str], trials: list[TrialRow],
     provenance = run.provenance()
     engine = TrlEngine.load(
         config,
-        tokens_dir=Path(provenance["tokens_dir"]),
+        tokens_dir=data_of_run(run, config).tokens_dir,
         cache_dir=run.cache(config),
         device="cuda:0" if on_gpu else "cpu",
     )

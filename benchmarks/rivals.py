@@ -37,6 +37,7 @@ from ray.tune.search.optuna import OptunaSearch
 from raylora.config.assignment import Assignment
 from raylora.config.kinds import Suggester
 from raylora.config.schema import SearchConfig
+from raylora.data.of_run import data_of_run
 from raylora.quiet import quiet_libraries
 from raylora.run.directory import RunDirectory
 from raylora.run.metrics import RungMetrics
@@ -198,7 +199,8 @@ def _load(run: RunDirectory, config: SearchConfig) -> TrlEngine:
     provenance = run.provenance()
     torch.set_num_threads(local_devices().n_cpus)
     device = "cuda:0" if provenance["on_gpu"] else "cpu"
-    return TrlEngine.load(config, tokens_dir=Path(provenance["tokens_dir"]), cache_dir=run.cache(config), device=device)
+    tokens_dir = data_of_run(run, config).tokens_dir
+    return TrlEngine.load(config, tokens_dir=tokens_dir, cache_dir=run.cache(config), device=device)
 
 
 def _free_port() -> int:

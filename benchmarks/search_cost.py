@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from raylora.data.of_run import data_of_run
 from raylora.quiet import quiet_libraries
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
@@ -111,7 +112,7 @@ def _train_all(run: RunDirectory, trials: list[TrialRow], folder: Path) -> dict[
     config, provenance = run.config(), run.provenance()
     engine = load_packed(
         config,
-        tokens_dir=Path(provenance["tokens_dir"]),
+        tokens_dir=data_of_run(run, config).tokens_dir,
         cache_dir=run.cache(config),
         device="cuda:0" if provenance["on_gpu"] else "cpu",
         slots=4,
