@@ -117,6 +117,7 @@ class Bench:
             device=self.device,
             tokens_dir=self.plan.data.tokens_dir,
             batch_size=self.config.training.per_device_eval_batch_size,
+            measures_heldout=True,
         )
         update = _strength(open_reader(job))
         result = merge_adapter(job, Examiner(job, self))

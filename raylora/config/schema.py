@@ -244,8 +244,9 @@ class MergeSection(Section):
     `residual` is the base in NF4 beside a small adapter that holds the update."""
 
     strategy: Literal["auto", "all", "peft", "requantize", "stochastic", "calibrated"] = "auto"
-    """Rounding of the merged weights to 4 bit. `auto` tries all strategies except `peft`; `all` tries it too, for
-    comparison. The merge writes the model nearest to the adapter's predictions among those within the tolerance."""
+    """Rounding of the merged weights to 4 bit. `auto` tries `calibrated`, and as long as the tolerance is missed
+    `requantize` and `stochastic`. `all` tries them all and `peft` too, and writes the model nearest to the adapter's
+    predictions among those within the tolerance."""
 
     tolerance: float = Field(0.02, ge=0)
     """Largest accepted rise of the validation loss over the unmerged adapter's, as a share of it; .001 nats per token

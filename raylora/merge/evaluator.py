@@ -31,6 +31,7 @@ class MergeEvaluator:
         self._batches = {"batch_size": job.batch_size, "pad_token_id": tokenizer.pad_token_id}
         self._parts = {name: load_part(job.tokens_dir, name) for name in PARTS} if job.tokens_dir else {}
         self._reference = Reference(self._parts["validation"], **self._batches) if self._parts else None
+        self._measures_heldout = job.measures_heldout
 
     def set_reference(self, adapter: PeftModel) -> None:
         """Make the adapter the model that others are compared with. Measure it and its base."""
@@ -42,12 +43,19 @@ class MergeEvaluator:
         """Measure a model.
 
         Returns:
-            The fields of `Comparison`, and `heldout_loss` in nats per token; empty without rows.
+            The fields of `Comparison`, and if the job asks for it `heldout_loss` in nats per token; empty without rows.
         """
         if self._reference is None:
             return {}
-        heldout_loss = eval_loss(model, self._parts["heldout"], **self._batches)
-        return asdict(self._reference.compare(model)) | {"heldout_loss": heldout_loss}
+        measured = asdict(self._reference.compare(model))
+        if self._measures_heldout:
+            measured["heldout_loss"] = eval_loss(model, self._parts["heldout"], **self._batches)
+        return measured
+
+    def logits_sha256(self, model: PreTrainedModel) -> str:
+        """Return the field of `Comparison` of that name, which takes a single batch."""
+        assert self._reference is not None
+        return self._reference.logits_sha256(model)
 
     def calibration_rows(self, n_tokens: int) -> datasets.Dataset:
         """Return shuffled training rows of at most `n_tokens` tokens in all, and at least one row."""

@@ -32,3 +32,6 @@ class MergeJob:
 
     batch_size: int
     """Rows per forward pass of a measurement."""
+
+    measures_heldout: bool = False
+    """Measure the held-out rows too. After a search, the held-out check does it."""

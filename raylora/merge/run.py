@@ -175,6 +175,7 @@ def _make_job(base: str, adapter: Path, output: Path, overrides: dict[str, str])
         device=choose_device(config.device),
         tokens_dir=tokens_dir,
         batch_size=config.per_device_eval_batch_size,
+        measures_heldout=True,
     )
 
 

@@ -1,11 +1,11 @@
-"""Merges one adapter: rounds by each strategy, measures each model, writes the best one and reloads it."""
+"""Merges one adapter: rounds by one strategy or several, measures each model, writes the best one and reloads it."""
 
 import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,20 @@ class RoundedModel:
 
     strategy: str
     weights: RoundedWeights
-    facts: dict[str, Any]
-    """Name -> measurement: those of `MergeEvaluator.measure`, `update_kept`, `seconds`, `peak_memory_mib`."""
+    costs: dict[str, float]
+    """`seconds` and `peak_memory_mib` of the rounding."""
+
+    measured: dict[str, Any] = field(default_factory=dict)
+    """From `MergeEvaluator.measure`."""
 
     def eval_loss(self) -> float:
         """Return the validation loss in nats per token: infinity for NaN, 0 if nothing is measured."""
-        loss = self.facts.get("eval_loss", 0.0)
+        loss = self.measured.get("eval_loss", 0.0)
         return math.inf if math.isnan(loss) else loss
 
 
 def merge_adapter(job: MergeJob, evaluator: MergeEvaluator | None = None) -> dict[str, Any]:
-    """Round by each strategy, measure each model, and write the best one in every format of the job.
+    """Round by the strategies of the job, measure each model, and write the best one in every format of the job.
 
     Args:
         job: inputs and outputs of the merge.
@@ -63,8 +66,8 @@ def merge_adapter(job: MergeJob, evaluator: MergeEvaluator | None = None) -> dic
         loss_increase: validation loss over that of the unmerged adapter, less 1; None if nothing is measured.
         tolerance: largest accepted `loss_increase`, from `accepted_increase`.
         passed: True if `loss_increase` is within the tolerance; None if nothing is measured.
-        models: `base`, `adapter` or strategy -> eval_loss and heldout_loss (nats per token), kl_to_adapter (nats),
-            token_agreement, logits_sha256, update_kept, seconds, peak_memory_mib.
+        models: `base`, `adapter` or strategy -> eval_loss (nats per token), kl_to_adapter (nats), token_agreement,
+            logits_sha256, update_kept, seconds, peak_memory_mib; heldout_loss (nats per token) if the job asks for it.
         skipped: strategy -> reason.
         forms: format -> directory, size_mib, seconds, and the measurements of the reloaded model.
         update_kept: strategy -> layer -> share of the update in the merged weight.
@@ -109,34 +112,40 @@ def accepted_increase(tolerance: float, evaluator: MergeEvaluator) -> float:
 def _choose_best(job: MergeJob, reader: LayerReader, evaluator: MergeEvaluator, folder: Path) -> RoundedModel:
     """Return the model nearest to the adapter among those within the tolerance, else that of lowest validation loss.
 
-    Nearest is by KL divergence, since a loss below the adapter's is luck. The other models are measured and deleted.
+    Nearest is by KL divergence, since a loss below the adapter's is luck. The strategy `auto` takes the first model
+    within the tolerance. The other models are measured and deleted.
     """
 
-    def rank(rounded_model: RoundedModel) -> tuple[bool, float]:
-        loss = rounded_model.eval_loss()
+    def missed(rounded_model: RoundedModel) -> bool:
         limit = 1 + accepted_increase(job.settings.tolerance, evaluator)
-        missed = bool(evaluator.models) and loss > evaluator.models["adapter"]["eval_loss"] * limit
-        return missed, loss if missed else rounded_model.facts.get("kl_to_adapter", 0.0)
+        return bool(evaluator.models) and rounded_model.eval_loss() > evaluator.models["adapter"]["eval_loss"] * limit
+
+    def rank(rounded_model: RoundedModel) -> tuple[bool, float]:
+        if missed(rounded_model):
+            return True, rounded_model.eval_loss()
+        return False, rounded_model.measured.get("kl_to_adapter", 0.0)
 
     best: RoundedModel | None = None
     best_of_strategy: dict[str, RoundedModel] = {}
     model = None
     for rounded_model in _round_by_each_strategy(job, reader, evaluator, folder):
-        shares = update_kept(reader, rounded_model.weights, job.device)
-        rounded_model.facts["update_kept"] = sum(shares.values()) / max(1, len(shares))
         if evaluator.models:
             model = model or _load(job, reader.checkpoint.directory)
             load_into(model, reader, rounded_model.weights)
-            rounded_model.facts.update(evaluator.measure(model))
+            rounded_model.measured.update(evaluator.measure(model))
         rival = best_of_strategy.get(rounded_model.strategy)
         if evaluator.models and (rival is None or rank(rounded_model) < rank(rival)):
             best_of_strategy[rounded_model.strategy] = rounded_model
-            evaluator.models[rounded_model.strategy] = rounded_model.facts
+            shares = update_kept(reader, rounded_model.weights, job.device)
+            mean_share = {"update_kept": sum(shares.values()) / max(1, len(shares))}
+            evaluator.models[rounded_model.strategy] = rounded_model.measured | mean_share | rounded_model.costs
             evaluator.update_kept[rounded_model.strategy] = shares
         worse = rounded_model if best and rank(best) <= rank(rounded_model) else best
         best = best if worse is rounded_model else rounded_model
         if worse:
             worse.weights.discard()
+        if job.settings.strategy == "auto" and not missed(rounded_model):
+            break
     if best is None:
         raise MergeError(f"no strategy could be tried: {evaluator.skipped}")
     return best
@@ -217,11 +226,20 @@ def _write(
         write_bf16(reader, directory, serving)
     else:
         write_residual(reader, directory, serving, r=job.settings.residual_rank)
-    measured = evaluator.measure(_load(job, directory)) if evaluator.models else {}
-    if form == "nf4" and measured.get("logits_sha256") != best.facts.get("logits_sha256"):
-        raise MergeError(f"the model reloaded from {directory} gives other logits than the one that was saved there")
+    measured = _measure_written(form, job, best, evaluator) if evaluator.models else {}
     size = sum(file.stat().st_size for file in directory.rglob("*"))
     return {"directory": str(directory), "size_mib": size / MIB, "seconds": time.perf_counter() - began, **measured}
+
+
+def _measure_written(form: str, job: MergeJob, best: RoundedModel, evaluator: MergeEvaluator) -> dict[str, Any]:
+    """Load a written model as any user would, and measure it. In NF4 it must be the model that was measured before."""
+    directory = job.outputs[form]
+    model = _load(job, directory)
+    if form != "nf4":
+        return evaluator.measure(model)
+    if evaluator.logits_sha256(model) != best.measured["logits_sha256"]:
+        raise MergeError(f"the model reloaded from {directory} gives other logits than the one that was saved there")
+    return best.measured
 
 
 def open_reader(job: MergeJob) -> LayerReader:

@@ -9,12 +9,13 @@ from raylora.report.words import change
 
 
 def merge_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a table row for each model: its measurements. Written models were measured after reloading.
+    """Return a table row for each model: its measurements, those of written models after reloading.
 
     Args:
         result: content of `merge.json`.
     """
-    adapter = result["models"].get("adapter", {}).get("eval_loss")
+    models, adapter = _models(result), result["models"].get("adapter", {}).get("eval_loss")
+    has_heldout = any("heldout_loss" in facts for facts in models.values())
     return [
         {
             "model": name,
@@ -22,9 +23,9 @@ def merge_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
             "against adapter": _against(name, facts.get("eval_loss"), adapter),
             "KL": facts.get("kl_to_adapter"),
             "same token": facts.get("token_agreement"),
-            "heldout_loss": facts.get("heldout_loss"),
+            **({"heldout_loss": facts.get("heldout_loss")} if has_heldout else {}),
         }
-        for name, facts in _models(result).items()
+        for name, facts in models.items()
     ]
 
 

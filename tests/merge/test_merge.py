@@ -37,6 +37,7 @@ from raylora.merge.job import MergeJob
 from raylora.merge.rounding import CalibrationInputs
 from raylora.merge.run import merge_run, save_best_adapter
 from raylora.merge.select import accepted_increase, merge_adapter, open_reader
+from raylora.merge.write import write_nf4
 from raylora.report.merge_tables import merge_rows, verdict
 from raylora.run.atomic import PREFIX, read_json
 from raylora.run.directory import RunDirectory
@@ -125,11 +126,11 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def test_auto_measures_each_strategy_and_writes_the_best(make_job: Callable[..., MergeJob]) -> None:
-    job = make_job(settings={"formats": ["nf4", "bf16", "residual"]})
+def test_all_measures_each_strategy_and_writes_the_best(make_job: Callable[..., MergeJob]) -> None:
+    job = replace(make_job(settings={"strategy": "all", "formats": ["nf4", "bf16", "residual"]}), measures_heldout=True)
     result = merge_adapter(job)
     models = result["models"]
-    assert set(models) == {"base", "adapter", "calibrated", "requantize", "stochastic"}
+    assert set(models) == {"base", "adapter", *LAYERED, "peft"}
     divergences = {name: models[name]["kl_to_adapter"] for name in LAYERED}
     assert divergences[result["strategy"]] == min(divergences.values())
     assert models["adapter"]["kl_to_adapter"] == 0
@@ -140,8 +141,31 @@ def test_auto_measures_each_strategy_and_writes_the_best(make_job: Callable[...,
     # bf16 keeps 8 bits of each weight: exact to 2^-9 of it
     assert forms["bf16"]["kl_to_adapter"] < 0.1 * models["requantize"]["kl_to_adapter"]
     assert forms["residual"]["kl_to_adapter"] < forms["nf4"]["kl_to_adapter"]
-    assert len(merge_rows(result)) == 8
+    assert len(merge_rows(result)) == 9
     assert "merged by" in verdict(result)
+
+
+def test_auto_takes_the_first_strategy_within_the_tolerance(make_job: Callable[..., MergeJob]) -> None:
+    result = merge_adapter(make_job())
+    assert set(result["models"]) == {"base", "adapter", "calibrated"}
+    assert result["passed"]
+    assert "heldout_loss" not in merge_rows(result)[0]  # the held-out check measures it
+    assert result["forms"]["nf4"]["eval_loss"] == result["models"]["calibrated"]["eval_loss"]
+
+
+def test_a_written_model_that_comes_back_changed_is_refused(
+    make_job: Callable[..., MergeJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_and_spoil(*arguments: Any) -> None:
+        write_nf4(*arguments)
+        file = arguments[2] / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.down_proj.weight"][0] ^= 16  # the level of a single weight
+        save_file(tensors, file, {"format": "pt"})
+
+    monkeypatch.setattr(merging, "write_nf4", write_and_spoil)
+    with pytest.raises(MergeError, match="gives other logits than the one that was saved there"):
+        merge_adapter(make_job())
 
 
 def test_calibration_weighs_positions_with_loss_over_the_others(
@@ -169,7 +193,7 @@ def test_calibration_weighs_positions_with_loss_over_the_others(
 
 
 def test_calibration_keeps_the_answers_that_rounding_alone_changes(make_job: Callable[..., MergeJob]) -> None:
-    models = merge_adapter(make_job())["models"]
+    models = merge_adapter(make_job(settings={"strategy": "all"}))["models"]
     for other in ("requantize", "stochastic"):
         assert models["calibrated"]["kl_to_adapter"] < 0.1 * models[other]["kl_to_adapter"]
 
@@ -247,16 +271,16 @@ def test_a_base_that_exists_only_as_nf4_is_merged_without_its_original(
     job = make_job()
     load_base_model(job.base, job.cache_dir, "cpu").save_pretrained(tmp_path / "nf4", save_original_format=False)
     AutoTokenizer.from_pretrained(job.base.name).save_pretrained(tmp_path / "nf4")
-    job = make_job(tmp_path / "nf4")
+    job = make_job(tmp_path / "nf4", settings={"strategy": "all"})
     result = merge_adapter(job)
     assert not result["base_has_original"]
-    assert set(result["models"]) == {"base", "adapter", "calibrated", "stochastic"}
+    assert set(result["models"]) == {"base", "adapter", "calibrated", "stochastic", "peft"}
     with pytest.raises(MergeError, match="the base exists only in NF4, and this strategy needs its original weights"):
         merge_adapter(make_job(tmp_path / "nf4", settings={"strategy": "requantize"}))
 
 
 def test_an_adapter_of_an_unquantized_base_goes_into_its_nf4(make_job: Callable[..., MergeJob]) -> None:
-    job = make_job(quantization="none", settings={"formats": ["nf4", "bf16"]})
+    job = make_job(quantization="none", settings={"formats": ["nf4", "bf16"], "strategy": "all"})
     result = merge_adapter(job)
     models = result["models"]
     # what it must come near to is the unquantized base with the adapter on
