@@ -39,6 +39,18 @@ def _boundaries(device: torch.device) -> torch.Tensor:
 
 
 @functools.cache
+def rooms(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how far a value may lie below and above each level and still be nearest to it.
+
+    Returns:
+        Values <= 0 and >= 0, (16,) each, float32. There is no limit below -1 and above 1.
+    """
+    endless = torch.full((1,), torch.inf, device=device)
+    boundaries = _boundaries(device)
+    return torch.cat([-endless, boundaries]) - levels(device), torch.cat([boundaries, endless]) - levels(device)
+
+
+@functools.cache
 def _cells() -> tuple[torch.Tensor, torch.Tensor]:
     """Return the level at the lower end of each cell, (CELLS,), int32, and the boundary above each level, (16,)."""
     boundaries = _boundaries(torch.device("cpu"))
@@ -59,7 +71,7 @@ def dequantize(weight: Params4bit) -> torch.Tensor:
     """Return the dequantized weight: (out_features, in_features), float32."""
     packed = weight.data.flatten().view(torch.uint8)
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[: weight.quant_state.shape.numel()]
-    return levels(weight.device)[codes.long()].view(weight.quant_state.shape) * scale_of(weight)
+    return values_of(codes.to(torch.int32).view(weight.quant_state.shape), scale_of(weight))
 
 
 def quantize(values: torch.Tensor, like: Params4bit) -> Params4bit:
@@ -112,10 +124,22 @@ def nearest_code(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def nearest(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Round each value to the nearest point of the grid. Arguments are those of `nearest_code`."""
-    codes = nearest_code(values, scale)
-    if codes.dim() == 1:  # on a CPU, four times as fast as brackets
-        return levels(values.device).index_select(0, codes) * scale
-    return levels(values.device)[codes] * scale
+    return values_of(nearest_code(values, scale), scale)
+
+
+def values_of(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the values of levels: any shape, float32.
+
+    Args:
+        codes: indexes of levels, int32.
+        scale: scale of each value, of a shape that broadcasts to that of `codes`.
+    """
+    return look_up(levels(codes.device), codes) * scale
+
+
+def look_up(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Return table[codes], on a CPU in a quarter of the time. The table has an entry for each level."""
+    return table.index_select(0, codes.flatten()).view(codes.shape)
 
 
 def to_tensors(name: str, weight: Params4bit) -> dict[str, torch.Tensor]:

@@ -12,10 +12,10 @@ from functools import cached_property
 
 import torch
 
-from raylora.base.nf4 import levels, nearest
+from raylora.base.nf4 import levels, look_up, nearest, nearest_code, rooms, values_of
 
 BLOCK = 256
-"""Input features that are rounded before one matrix product carries their errors to all others, as in GPTQ."""
+"""Input features whose errors or moves one matrix product carries to all others, as in GPTQ."""
 
 IN_TURN = 16
 """Input features of a block that are rounded one after the other; matrix products carry errors between such groups."""
@@ -123,22 +123,21 @@ def calibrated(
     Returns:
         Q, values on the grid of `scale`.
     """
-    # the weights of one input feature side by side
-    base_weight, scale = base_weight.T.contiguous(), scale.T.contiguous()
-    change = (inputs.corrected(target).T - base_weight).contiguous()
+    change = inputs.corrected(target) - base_weight
     rounded, gradient = error_feedback(base_weight + change, scale, inputs.factor)
+    codes = nearest_code(rounded, scale)
     for _ in range(sweeps):
-        descend(rounded, gradient, scale, inputs.hessian)
-    hessian_change = inputs.hessian @ change
-    whole = (change * hessian_change).sum(0).clamp_min(torch.finfo(hessian_change.dtype).tiny)
+        descend(codes, gradient, scale, inputs.hessian)
+    change_hessian = change @ inputs.hessian
+    whole = (change * change_hessian).sum(1).clamp_min(torch.finfo(change_hessian.dtype).tiny)
     gain = torch.ones_like(whole)
     for _ in range(gain_sweeps):
-        projection = ((rounded - base_weight) * hessian_change).sum(0) / whole
+        projection = ((values_of(codes, scale) - base_weight) * change_hessian).sum(1) / whole
         new_gain = (gain + 1 - projection).clamp(1 / MAX_GAIN, MAX_GAIN)
-        gradient -= ((new_gain - gain) * hessian_change).T
-        descend(rounded, gradient, scale, inputs.hessian)
+        gradient -= (new_gain - gain)[:, None] * change_hessian
+        descend(codes, gradient, scale, inputs.hessian)
         gain = new_gain
-    return rounded.T.contiguous()
+    return values_of(codes, scale)
 
 
 def error_feedback(
@@ -151,15 +150,18 @@ def error_feedback(
     result is GPTQ's, which works on the inverse of H.
 
     Args:
-        target: T, (in_features, out_features).
-        scale: scale of each element, > 0, (in_features, out_features).
+        target: T.
+        scale: scale of each element, > 0.
         factor: U, upper triangular, (in_features, in_features).
 
     Returns:
-        Q, values on the grid of `scale`, (in_features, out_features); and the gradient there, as for `descend`.
+        Q, values on the grid of `scale`; and half the gradient of the squared distance there, (Q - T) H. Both
+        (out_features, in_features).
 
     Source: Frantar et al. 2022, "GPTQ", algorithm 1 (arXiv:2210.17323).
     """
+    # the weights of one input feature side by side
+    target, scale = target.T.contiguous(), scale.T.contiguous()
     carried = (factor / factor.diagonal()).T
     best, rounded = target.clone(), torch.empty_like(target)
     for block in _slices(len(target), BLOCK):
@@ -169,40 +171,20 @@ def error_feedback(
     gradient = target.new_empty(target.T.shape)
     for block in _slices(len(target), BLOCK):
         gradient[:, block] = missed[block.start :].T @ factor[block, block.start :].T
-    return rounded, gradient
-
-
-def descend(rounded: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> None:
-    """Move each weight in turn to its best level while the others stay, so that the distance never grows.
-
-    This is one sweep of coordinate descent on the squared distance tr((Q - T') H (Q - T')^T).
-
-    Args:
-        rounded: Q, (in_features, out_features), changed in place.
-        gradient: half the gradient of the squared distance, (Q - T')^T H, (out_features, in_features), updated in
-            place.
-        scale: scale of each element, > 0, (in_features, out_features).
-        hessian: damped Hessian H, (in_features, in_features).
-    """
-    diagonal = hessian.diagonal()[:, None]
-    for block in _slices(len(rounded), BLOCK):
-        best = rounded[block] - gradient[:, block].T / diagonal[block]
-        moved = _round_in_turn(best, rounded[block], scale[block], hessian[block, block] / diagonal[block])
-        _add_product(gradient, (moved - rounded[block]).T, hessian[block])
-        rounded[block] = moved
+    return rounded.T.contiguous(), gradient
 
 
 def _round_in_turn(
-    best: torch.Tensor, origin: torch.Tensor, scale: torch.Tensor, carried: torch.Tensor
+    best: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, carried: torch.Tensor
 ) -> torch.Tensor:
     """Round the features of a block one after the other.
 
     Args:
-        best: best value of each feature while the features of the block are at their origin, (n, out_features). On
-            return, the best value when its turn came.
-        origin: (n, out_features).
+        best: best value of each feature before those of the block are rounded, (n, out_features). On return, the best
+            value when its turn came.
+        target: T, (n, out_features).
         scale: scale of each element, > 0, (n, out_features).
-        carried: [i, j] is the share of the move of feature j that is taken from the best value of a later feature i,
+        carried: [i, j] is the share of the error of feature j that is taken from the best value of a later feature i,
             (n, n).
 
     Returns:
@@ -210,21 +192,71 @@ def _round_in_turn(
     """
     half = len(best) // 2
     if len(best) > IN_TURN:
-        first = _round_in_turn(best[:half], origin[:half], scale[:half], carried[:half, :half])
-        best[half:].addmm_(carried[half:, :half], first - origin[:half], alpha=-1)
-        return torch.cat([first, _round_in_turn(best[half:], origin[half:], scale[half:], carried[half:, half:])])
+        first = _round_in_turn(best[:half], target[:half], scale[:half], carried[:half, :half])
+        best[half:].addmm_(carried[half:, :half], first - target[:half], alpha=-1)
+        return torch.cat([first, _round_in_turn(best[half:], target[half:], scale[half:], carried[half:, half:])])
     rounded: list[torch.Tensor] = []
     # split beforehand: on a CPU, half of the time of a small layer would go to indexing
-    rows, origins, scales, columns = best.unbind(0), origin.unbind(0), scale.unbind(0), carried.unbind(1)
+    rows, targets, scales, columns = best.unbind(0), target.unbind(0), scale.unbind(0), carried.unbind(1)
     for feature, column in enumerate(columns):
         rounded.append(nearest(rows[feature], scales[feature]))
-        best[feature + 1 :].addr_(column[feature + 1 :], rounded[feature] - origins[feature], alpha=-1)
+        best[feature + 1 :].addr_(column[feature + 1 :], rounded[feature] - targets[feature], alpha=-1)
     return torch.stack(rounded)
+
+
+def descend(codes: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> None:
+    """Move each weight in turn to its best level while the others stay, so that the distance never grows.
+
+    This is one sweep of coordinate descent on the squared distance tr((Q - T') H (Q - T')^T).
+
+    Args:
+        codes: levels of Q, (out_features, in_features), int32, changed in place.
+        gradient: half the gradient of the squared distance, (Q - T') H, updated in place.
+        scale: scale of each element, > 0.
+        hessian: damped Hessian H, (in_features, in_features).
+    """
+    diagonal = hessian.diagonal()
+    for block in _slices(len(hessian), BLOCK):
+        wish = -gradient[:, block] / diagonal[block]
+        moves = _move_in_turn(codes[:, block], wish, scale[:, block], hessian[block, block] / diagonal[block])
+        _add_product(gradient, moves, hessian[block])
+
+
+def _move_in_turn(codes: torch.Tensor, wish: torch.Tensor, scale: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+    """Move the weights of a block to their best levels, in each output one after the other.
+
+    All outputs take their turns at once: in each, the next weight that moves at all. Only a few of them do.
+
+    Args:
+        codes: levels of the weights, (out_features, n), int32, changed in place.
+        wish: move of each weight to its best value while the others stay, (out_features, n).
+        scale: scale of each element, > 0, (out_features, n).
+        carried: [i, j] is the share of the move of weight i that is taken from the wish of weight j, (n, n).
+
+    Returns:
+        Moves, (out_features, n), most of them 0.
+    """
+    moves, outputs = torch.zeros_like(wish), torch.arange(len(wish), device=wish.device)
+    below, above = (look_up(room, codes) * scale for room in rooms(wish.device))
+    features, turn = torch.arange(len(carried), device=wish.device), torch.full_like(outputs, -1)
+    later = carried.triu(1)
+    while True:
+        moving = ((wish < below) | (wish > above)) & (features > turn[:, None])
+        left = moving.any(1).nonzero()[:, 0]
+        if not len(left):
+            return moves
+        outputs, wish, below, above = (tensor.index_select(0, left) for tensor in (outputs, wish, below, above))
+        turn = moving.index_select(0, left).byte().argmax(1)
+        now = outputs, turn
+        value = values_of(codes[now], scale[now])
+        codes[now] = nearest_code(value + wish.gather(1, turn[:, None])[:, 0], scale[now])
+        moves[now] = values_of(codes[now], scale[now]) - value
+        wish.addcmul_(later.index_select(0, turn), moves[now][:, None], value=-1)
 
 
 def _add_product(total: torch.Tensor, moves: torch.Tensor, matrix: torch.Tensor) -> None:
     """Add moves @ matrix to a total. One weight in a hundred moves, which a CPU makes use of."""
-    total.addmm_(moves.contiguous().to_sparse_csr() if moves.device.type == "cpu" else moves, matrix)
+    total.addmm_(moves.to_sparse_csr() if moves.device.type == "cpu" else moves, matrix)
 
 
 def _gram(inputs: torch.Tensor) -> torch.Tensor:

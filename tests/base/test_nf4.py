@@ -63,6 +63,18 @@ def test_another_kind_of_quantization_is_named() -> None:
         nf4.from_tensors("layer", {"layer.weight": torch.zeros(4), "layer.weight.absmax": torch.zeros(1)}, "cpu")
 
 
+def test_a_value_within_a_levels_room_is_nearest_to_it() -> None:
+    codes, one = torch.arange(16, dtype=torch.int32), torch.ones(16)
+    levels = nf4.values_of(codes, one)
+    below, above = nf4.rooms(levels.device)
+    assert below[0] == -torch.inf
+    assert above[-1] == torch.inf
+    for room in (below.clamp_min(-1), above.clamp_max(1)):
+        assert torch.equal(nf4.nearest_code(levels + 0.999 * room, one), codes)
+    assert torch.equal(nf4.nearest_code(levels[1:] + 1.001 * below[1:], one[1:]), codes[:-1])
+    assert torch.equal(nf4.nearest_code(levels[:-1] + 1.001 * above[:-1], one[1:]), codes[1:])
+
+
 def test_many_values_find_the_level_that_a_search_among_the_boundaries_finds() -> None:
     levels = nf4.levels(torch.device("cpu"))
     boundaries = (levels[1:] + levels[:-1]) / 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raylora.base.nf4 import levels, nearest
+from raylora.base.nf4 import levels, nearest, nearest_code, values_of
 from raylora.merge import rounding
 from raylora.merge.rounding import CalibrationInputs, calibrated, descend, error_feedback, stochastic
 
@@ -52,21 +52,41 @@ def test_calibrated_rounding_keeps_the_outputs_that_nearest_rounding_loses(
 
 def test_descent_never_makes_the_outputs_worse(layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     weight, scale, inputs = layer
-    target = (weight + 0.02 * torch.randn(32, 64)).T.contiguous()
-    statistics, scale = CalibrationInputs(inputs, inputs), scale.T.contiguous()
+    target = weight + 0.02 * torch.randn(32, 64)
+    statistics = CalibrationInputs(inputs, inputs)
     rounded, gradient = error_feedback(target, scale, statistics.factor)
+    codes = nearest_code(rounded, scale)
 
     def objective() -> float:
-        off = rounded - target
-        return float((off * (statistics.hessian @ off)).sum())
+        off = values_of(codes, scale) - target
+        return float((off * (off @ statistics.hessian)).sum())
 
     objectives = [objective()]
     for _ in range(3):
-        descend(rounded, gradient, scale, statistics.hessian)
+        descend(codes, gradient, scale, statistics.hessian)
         objectives.append(objective())
     assert objectives == sorted(objectives, reverse=True)
     assert objectives[-1] < objectives[0]
-    assert torch.allclose(gradient, (rounded - target).T @ statistics.hessian, rtol=1e-3, atol=1e-3)
+    expected = (values_of(codes, scale) - target) @ statistics.hessian
+    assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_sweep_moves_each_weight_in_turn(layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    """Weight by weight in float64, and with other blocks."""
+    weight, scale, inputs = layer
+    target = weight + 0.1 * torch.randn(32, 64)
+    hessian = CalibrationInputs(inputs, inputs).hessian
+    codes = nearest_code(weight, scale)
+    gradient = (weight - target) @ hessian
+    expected, slow_gradient = weight.double(), gradient.double()
+    for feature in range(64):
+        best = expected[:, feature] - slow_gradient[:, feature] / hessian[feature, feature].double()
+        moved = nearest(best.float(), scale[:, feature]).double()
+        slow_gradient += torch.outer(moved - expected[:, feature], hessian[feature].double())
+        expected[:, feature] = moved
+    descend(codes, gradient, scale, hessian)
+    assert torch.equal(values_of(codes, scale).double(), expected)
+    assert (expected != weight).sum() > 100  # several in each output, so that turns matter
 
 
 def test_blocks_change_nothing_but_the_time(

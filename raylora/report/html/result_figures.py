@@ -40,8 +40,7 @@ def _divergences(result: dict[str, Any]) -> Figure:
     rows = [row for row in _models(result, "kl_to_adapter", leave_out="base") if row["model"] != "adapter"]
     x = alt.X("value:Q", title="KL divergence from the adapter, nats", axis=alt.Axis(format="~g", tickCount=4))
     caption = (
-        "Mean over validation tokens; 0 is the adapter itself. Of the strategies within the tolerance, the merge "
-        f"writes the nearest: {result['strategy']}."
+        f"Mean over validation tokens; 0 is the adapter itself. The written model is that of {result['strategy']}."
     )
     bars = _bars(rows, x, "#1c7ed6")
     return Figure(
