@@ -131,7 +131,7 @@ def values_of(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the values of levels: any shape, float32.
 
     Args:
-        codes: indexes of levels, int32.
+        codes: indexes of levels, int32 or int64.
         scale: scale of each value, of a shape that broadcasts to that of `codes`.
     """
     return look_up(levels(codes.device), codes) * scale

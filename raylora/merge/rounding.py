@@ -46,7 +46,7 @@ def stochastic(target: torch.Tensor, scale: torch.Tensor, generator: torch.Gener
     below = (torch.bucketize(position, grid, right=True) - 1).clamp(0, len(grid) - 2)
     share = (position - grid[below]) / (grid[below + 1] - grid[below])
     up = torch.rand(target.shape, generator=generator).to(target.device) < share
-    return grid[below + up] * scale
+    return values_of(below + up, scale)
 
 
 class CalibrationInputs:
