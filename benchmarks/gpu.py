@@ -19,10 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import throughput
 import torch
 from random_base import make_base, make_engine
-from throughput import LENGTH, TRIAL, packed, packed_seconds, trl_seconds
+from throughput import LENGTH, TRIAL, Steps, packed, packed_seconds, trl_seconds
 from torch.nn.functional import grouped_mm
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -354,30 +353,37 @@ def speed(bench: Bench, shape: str, cases: list[tuple[int, int]], trl_tokens: li
         trl_tokens: tokens of a micro-batch of TRL's.
     """
     engine = bench.engine(shape)
-    throughput.N_STEPS, throughput.WARM_UP = (1, 1) if bench.dry else (4, 2)
+    steps = Steps(warm_up=1, timed=1) if bench.dry else Steps(warm_up=2, timed=4)
     if bench.dry:
         cases, trl_tokens = [(n, LENGTH) for n, _ in cases[:2]], [LENGTH]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for n, tokens in cases[:2]:
-            _time_pack(bench, engine, shape, [TRIAL.r] * n, tokens, folder)
+            _time_pack(bench, engine, shape, [TRIAL.r] * n, tokens, folder, steps)
         for options in ({}, {"fused": False}, {"fused_layers": False}, {"dense": True}):
-            _time_pack(bench, engine, shape, list(MIXED_RANKS), cases[0][1], folder, **options)
+            _time_pack(bench, engine, shape, list(MIXED_RANKS), cases[0][1], folder, steps, **options)
         for tokens in trl_tokens:
             trial = TRIAL.model_copy(update={"per_device_train_batch_size": tokens // LENGTH})
-            seconds = trl_seconds(engine, trial, folder / f"trl-{tokens}")
+            seconds = trl_seconds(engine, trial, folder / f"trl-{tokens}", steps)
             bench.note(shape=shape, engine="trl", tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds)
         for n, tokens in cases[2:]:
-            _time_pack(bench, engine, shape, [TRIAL.r] * n, tokens, folder)
+            _time_pack(bench, engine, shape, [TRIAL.r] * n, tokens, folder, steps)
 
 
 def _time_pack(
-    bench: Bench, engine: TrlEngine, shape: str, ranks: list[int], tokens: int, folder: Path, **options: bool
+    bench: Bench,
+    engine: TrlEngine,
+    shape: str,
+    ranks: list[int],
+    tokens: int,
+    folder: Path,
+    steps: Steps,
+    **options: bool,
 ) -> None:
     """Note seconds of a step and peak memory of a pack; the options are those of `throughput.packed`."""
     trial = TRIAL.model_copy(update={"per_device_train_batch_size": tokens // LENGTH})
     reset_peak_memory()
-    seconds, _ = packed_seconds(engine, trial, len(ranks), folder, ranks, **options)
+    seconds, _ = packed_seconds(engine, trial, len(ranks), folder, steps, ranks, **options)
     n_tokens = len(ranks) * tokens
     bench.note(
         shape=shape,

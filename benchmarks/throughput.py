@@ -1,8 +1,9 @@
 """Measures trial-steps per second of a pack against the same trials one after the other with TRL and peft.
 
-Run as `python benchmarks/throughput.py OUTPUT.json --model MODEL [--packs 1 2 4 8] [--tokens 128 256 512]`, with
-nothing else running. MODEL is a model directory, a GGUF file, a Hub id, `tiny`, `1b` or `7b`; the last three are random
-weights. Rows are of 64 random tokens, half of which bear loss: no padding on either side, from which TRL would suffer.
+Run as `python benchmarks/throughput.py OUTPUT.json --model MODEL [--packs 1 2 4 8] [--tokens 128 256 512]
+[--steps 8]`, with nothing else running. MODEL is a model directory, a GGUF file, a Hub id, `tiny`, `1b` or `7b`; the
+last three are random weights. Rows are of 64 random tokens, half of which bear loss: no padding on either side, from
+which TRL would suffer.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -35,8 +36,14 @@ from raylora.training.packed.group import has_grouped_products
 from raylora.training.trl import TrlEngine
 
 LENGTH = 64
-N_STEPS = 8
-WARM_UP = 2
+
+
+class Steps(NamedTuple):
+    """How many steps of an engine come before the timed ones, and how many are timed."""
+
+    warm_up: int = 2
+    timed: int = 8
+
 
 RANDOM = {
     # Llama 3.2 1B and Llama 2 7B in shape
@@ -51,18 +58,21 @@ def main() -> None:
     parser = model_parser()
     parser.add_argument("--packs", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--steps", type=int, default=Steps().timed)
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     on_gpu = torch.cuda.is_available()
+    steps = Steps(timed=arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
         engine = load(arguments.model, Path(folder), "cuda:0" if on_gpu else "cpu")
-        rows = [measure(engine, tokens, arguments.packs, Path(folder)) for tokens in arguments.tokens]
+        rows = [measure(engine, tokens, arguments.packs, Path(folder), steps) for tokens in arguments.tokens]
     result = {
         "date": date.today().isoformat(),
         "machine": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores",
         "model": arguments.model,
         "r": TRIAL.r,
+        "timed_steps": steps.timed,
         "rows": rows,
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -120,12 +130,12 @@ TRIAL = Assignment(
 )
 
 
-def measure(engine: TrlEngine, tokens: int, packs: list[int], folder: Path) -> dict[str, Any]:
+def measure(engine: TrlEngine, tokens: int, packs: list[int], folder: Path, steps: Steps) -> dict[str, Any]:
     trial = TRIAL.model_copy(update={"per_device_train_batch_size": tokens // LENGTH})
-    alone = trl_seconds(engine, trial, folder / f"trl-{tokens}")
+    alone = trl_seconds(engine, trial, folder / f"trl-{tokens}", steps)
     row: dict[str, Any] = {"tokens_per_micro_batch": tokens, "trl_seconds_per_step": alone, "speedup": {}}
     for n in packs:
-        seconds, mib = packed_seconds(engine, trial, n, folder)
+        seconds, mib = packed_seconds(engine, trial, n, folder, steps)
         row["speedup"][n] = round(n * alone / seconds, 2)
         row[f"packed_seconds_per_step_of_{n}"] = seconds
         row[f"peak_memory_mib_of_{n}"] = mib
@@ -136,13 +146,12 @@ def measure(engine: TrlEngine, tokens: int, packs: list[int], folder: Path) -> d
     return row
 
 
-def trl_seconds(engine: TrlEngine, trial: Assignment, folder: Path) -> float:
-    """Of one step, when the first ones are over."""
+def trl_seconds(engine: TrlEngine, trial: Assignment, folder: Path, steps: Steps) -> float:
+    """Return the seconds of one step, when the first ones are over."""
     reports: list[RungMetrics] = []
-    engine.fit(
-        trial, rungs=[WARM_UP, WARM_UP + N_STEPS], directory=folder, report=lambda report: bool(reports.append(report))
-    )
-    return reports[-1].train_seconds / N_STEPS
+    rungs = [steps.warm_up, steps.warm_up + steps.timed]
+    engine.fit(trial, rungs=rungs, directory=folder, report=lambda report: bool(reports.append(report)))
+    return reports[-1].train_seconds / steps.timed
 
 
 def packed(
@@ -181,7 +190,13 @@ def packed(
 
 
 def packed_seconds(
-    engine: TrlEngine, trial: Assignment, n: int, folder: Path, ranks: list[int] | None = None, **options: bool
+    engine: TrlEngine,
+    trial: Assignment,
+    n: int,
+    folder: Path,
+    steps: Steps,
+    ranks: list[int] | None = None,
+    **options: bool,
 ) -> tuple[float, float]:
     """Return the seconds of one step of n trials, and the peak memory in MiB. `ranks` gives each trial its rank."""
     pack = packed(engine, **options)
@@ -189,14 +204,14 @@ def packed_seconds(
         r = ranks[number] if ranks else trial.r
         changes = {"seed": number, "r": r, "lora_alpha": r if ranks else trial.lora_alpha}
         pack.add(number, trial.model_copy(update=changes), rungs=[10**6], directory=folder)
-    for _ in range(WARM_UP):
+    for _ in range(steps.warm_up):
         pack.step()
     _synchronize()
     began = time.perf_counter()
-    for _ in range(N_STEPS):
+    for _ in range(steps.timed):
         pack.step()
     _synchronize()
-    seconds = (time.perf_counter() - began) / N_STEPS
+    seconds = (time.perf_counter() - began) / steps.timed
     mib = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
     pack.close()
     return seconds, mib
