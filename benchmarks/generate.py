@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import time
 from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
@@ -41,10 +42,14 @@ def main() -> None:
         for dense in (False, True):
             options: dict[str, Any] = {"max_new_tokens": config.evaluation.max_new_tokens, "batch_size": batch_size}
             without = patch.object(generation, "dense_copies", lambda _: nullcontext())
+            began = time.perf_counter()
             with nullcontext() if dense else without:
                 found = generation.generate(model, tokenizer, prompts, stop_token_ids=data.stop_token_ids, **options)
+            seconds = time.perf_counter() - began
             answers.append(found.token_ids)
-            rows.append({"batch_size": batch_size, "dense": dense, "tokens_per_second": found.tokens_per_second})
+            # an end token takes a step too, hence the 1
+            n_tokens = sum(min(len(ids) + 1, config.evaluation.max_new_tokens) for ids in found.token_ids)
+            rows.append({"batch_size": batch_size, "dense": dense, "tokens_per_second": n_tokens / seconds})
             print(rows[-1], flush=True)
     result = {
         "date": date.today().isoformat(),

@@ -1,6 +1,9 @@
 """Measures raylora on one GPU, most valuable first: right, then fast. Each figure is on disk as soon as it is there.
 
 Run as `python benchmarks/gpu.py OUTPUT_DIR [--budget SECONDS] [--only STAGE ...] [--dry]`, with nothing else running.
+On a machine that is lent for minutes, `article` and `merge_1b` are for a call of their own. Of the tests, those in
+`tests/training/packed/test_gpu.py` and `test_fused.py` need a GPU and no Ray.
+
 The figures go to `OUTPUT_DIR/results.jsonl`, a line each. Each stage is a process of its own with a time limit, so that
 neither a device assert nor a hang takes the rest along. `--dry` runs every stage on a tiny model, on a CPU too, to test
 the script. Bases are random weights, so figures are of speed and of agreement, not of loss.
@@ -11,15 +14,21 @@ import importlib.metadata
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # raylora need not be installed
 
 import torch
+from peft import PeftModel
 from random_base import make_base, make_engine
 from throughput import LENGTH, TRIAL, Steps, packed, packed_seconds, trl_seconds
 from torch.nn.functional import grouped_mm
@@ -27,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raylora.config.assignment import Assignment
-from raylora.config.schema import BaseModelSection, DataSection, MergeSection
+from raylora.config.schema import BaseModelSection, DataSection, MergeSection, SearchSection
 from raylora.data.prepare import prepare_data
 from raylora.data.rows import TokenRows
 from raylora.errors import PackingError
@@ -36,8 +45,10 @@ from raylora.merge.job import MergeJob
 from raylora.merge.select import merge_adapter
 from raylora.merge.write import load_merged
 from raylora.quiet import quiet_libraries
+from raylora.run.activity import Activity, heard
 from raylora.run.metrics import RungMetrics
 from raylora.testing import make_rows, make_tiny_model
+from raylora.training import trl as training
 from raylora.training.memory import (
     Fit,
     adapter_parameters,
@@ -45,18 +56,21 @@ from raylora.training.memory import (
     free_memory_mib,
     peak_memory_mib,
     reset_peak_memory,
+    tokens_per_pass,
 )
 from raylora.training.packed.adapter import Adapter
 from raylora.training.packed.engine import RANK_MULTIPLE, PackedEngine
 from raylora.training.packed.forward import Pack
-from raylora.training.packed.fused import has_fused_products
+from raylora.training.packed.fused import MAX_RANK, has_fused_products
 from raylora.training.packed.group import has_grouped_products
 from raylora.training.packed.layout import MicroBatch
-from raylora.training.packed.verify import check_kernels, check_pack, measure_reference
+from raylora.training.packed.verify import RANKS, check_kernels, check_pack, measure_reference
 from raylora.training.trl import TrlEngine
 
 MIXED_RANKS = (8, 16, 32, 64) * 2
 """Ranks of the default space, two trials each."""
+
+OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
 
 
 def main() -> None:
@@ -85,13 +99,22 @@ def _in_a_process(stage: str, arguments: argparse.Namespace, left: float) -> dic
         return {"error": "not run: no time is left"}
     command = [sys.executable, __file__, str(arguments.output), "--here", "--only", stage]
     began = time.monotonic()
+    # in a session of its own, to be stopped with the processes that it has started
+    process = subprocess.Popen(
+        command + ["--dry"] * arguments.dry,
+        env={**os.environ, **OFFLINE},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command + ["--dry"] * arguments.dry, timeout=limit, capture_output=True, text=True, check=False
-        )
-        error = done.stderr[-1500:] if done.returncode else None
+        _, said = process.communicate(timeout=limit)
+        error = said[-1500:] if process.returncode else None
     except subprocess.TimeoutExpired:
-        error = f"stopped after {limit:.0f} s"
+        os.killpg(process.pid, signal.SIGKILL)
+        _, said = process.communicate()
+        error = f"stopped after {limit:.0f} s: {said[-1500:]}"
     return {"stage_seconds": round(time.monotonic() - began, 1), "error": error}
 
 
@@ -196,7 +219,12 @@ def check(bench: Bench) -> None:
         engine, grouped = bench.engine("smollm2", dtype), bench.grouped and dtype == torch.bfloat16
         multiple = RANK_MULTIPLE if grouped else 1
         reference = measure_reference(
-            engine.model, engine.architecture, TokenRows(engine.train), autocast=dtype, rank_multiple=multiple
+            engine.model,
+            engine.architecture,
+            TokenRows(engine.train),
+            autocast=dtype,
+            rank_multiple=multiple,
+            ranks=(*RANKS, MAX_RANK),
         )
         pack = Pack(engine.model, list(engine.architecture.shapes), autocast=dtype, grouped=grouped)
         has_kernels = has_fused_products(bench.device, dtype)
@@ -279,12 +307,13 @@ def exact(bench: Bench) -> None:
         found = _train_together(packed(engine), trials, steps, Path(folder))
         for number in (0, 1, 3):
             reports: list[RungMetrics] = []
-            engine.fit(
-                trials[number],
-                rungs=[steps],
-                directory=Path(folder) / f"trl-{number}",
-                report=lambda report, reports=reports: bool(reports.append(report)),
-            )
+            with patch.object(training, "_keep_adapter_in_float32", _draw_as_packed):
+                engine.fit(
+                    trials[number],
+                    rungs=[steps],
+                    directory=Path(folder) / f"trl-{number}",
+                    report=lambda report, reports=reports: bool(reports.append(report)),
+                )
             alone = reports[-1].eval_loss
             bench.note(r=trials[number].r, packed=found[number], trl=alone, relative=abs(found[number] / alone - 1))
     pack = Pack(
@@ -306,6 +335,16 @@ def exact(bench: Bench) -> None:
             relative_difference=float((whole - alone).norm() / alone.norm()),
         )
     pack.close()
+
+
+def _draw_as_packed(model: PeftModel, trial: Assignment, resume_from: str | None) -> None:
+    """Give TRL's trial the factors that the packed one starts from, in float32; peft would draw A on the GPU."""
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    adapter = Adapter(shapes, r=trial.r, scaling=1.0, dropout=0.0, seed=trial.seed, device=model.device)
+    for name, layer in layers.items():
+        layer.lora_A["default"].weight.data = adapter.lora_A[name].clone()
+        layer.lora_B["default"].to(torch.float32)
 
 
 def _train_together(engine: PackedEngine, trials: list[Assignment], steps: int, folder: Path) -> dict[int, float]:
@@ -395,8 +434,15 @@ def _time_pack(
         seconds_per_trial=seconds / len(ranks),
         tokens_per_second=n_tokens / seconds,
         peak_mib=peak_memory_mib(),
-        estimated_mib=_estimated_mib(bench, engine, max(ranks), tokens, Fit(len(ranks), n_tokens, False)),
+        estimated_mib=_estimated_mib(
+            bench, engine, max(ranks), tokens, Fit(len(ranks), _tokens_of_pass(bench, n_tokens, tokens), False)
+        ),
     )
+
+
+def _tokens_of_pass(bench: Bench, n_tokens: int, micro_batch: int) -> int:
+    """Return the tokens of the largest pass of a step."""
+    return min(n_tokens, max(micro_batch, tokens_per_pass(SearchSection(), on_gpu=bench.on_gpu)))
 
 
 def _estimated_mib(bench: Bench, engine: TrlEngine, r: int, tokens: int, fit: Fit) -> float:
@@ -556,12 +602,19 @@ def _merge_and_ask(bench: Bench, engine: TrlEngine, adapter: Path, folder: Path)
         tokens_dir=prepare_data(data, tokenizer, folder / "cache").tokens_dir,
         batch_size=8,
     )
-    _staged(bench, "merge", lambda: merge_adapter(job))
+    with heard(partial(_note_activity, bench)):  # a stage that is stopped leaves how far it came
+        _staged(bench, "merge", lambda: merge_adapter(job))
     model = _staged(bench, "load the merged model", lambda: load_merged(folder / "merged", job.device, bench.dtype))
     prompts = [list(range(5, 25))] * 8
     options: dict[str, Any] = {"stop_token_ids": [1], "max_new_tokens": 32, "batch_size": "auto"}
+    began = time.perf_counter()
     answers = _staged(bench, "generate 8 answers", lambda: generate(model, tokenizer, prompts, **options))
-    bench.note(tokens_per_second=answers.tokens_per_second)
+    seconds = time.perf_counter() - began
+    bench.note(tokens_per_second=sum(map(len, answers.token_ids)) / seconds)
+
+
+def _note_activity(bench: Bench, activity: Activity) -> None:
+    bench.note(what=activity.what, done=activity.done, total=activity.total)
 
 
 def _staged(bench: Bench, what: str, call: Callable[[], Any]) -> Any:
@@ -576,15 +629,15 @@ def _staged(bench: Bench, what: str, call: Callable[[], Any]) -> Any:
 
 STAGES: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "env": (30, env),
-    "check": (60, check),
+    "check": (90, check),
     "products": (50, products),
     "exact": (80, exact),
     "speed_7b": (125, speed_7b),
     "speed_smollm2": (80, speed_smollm2),
     "kernels": (60, kernels),
     "speed_1b": (45, speed_1b),
-    "merge_1b": (90, merge_1b),
-    "article": (150, article),
+    "article": (300, article),
+    "merge_1b": (180, merge_1b),
 }
 """Stage -> limit in seconds and function, in the order in which they run."""
 

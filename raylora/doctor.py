@@ -96,7 +96,8 @@ def trainable() -> list[Trainable]:
     from raylora.search.ray.cluster import local_devices  # noqa: PLC0415
     from raylora.training.memory import TOKENS_PER_PASS, adapter_parameters, estimate_memory  # noqa: PLC0415
 
-    on_gpu, memory_mib = torch.cuda.is_available(), local_devices().memory_mib or 0.0
+    on_gpu, devices = torch.cuda.is_available(), local_devices()
+    memory_mib = (devices.gpu_memory_mib if on_gpu else devices.memory_mib) or 0.0
     found = []
     for name, (hidden, intermediate, layers, vocabulary) in SHAPES.items():
         config = LlamaConfig(

@@ -19,6 +19,9 @@ ROOT = Path("/")
 
 HOST = "this machine"
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of a process that is to work on CPUs, where Ray hides no GPU (2.60)."""
+
 
 @dataclass(frozen=True)
 class Limit:

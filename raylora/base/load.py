@@ -1,10 +1,11 @@
 """Loads the frozen base model onto a device, quantized to NF4 once and cached."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from raylora.base.architecture import auto_class, check_complete
@@ -82,6 +83,8 @@ def nf4_checkpoint(section: BaseModelSection, cache_dir: Path, device: str) -> s
 def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """Load a checkpoint by `from_pretrained`, as any user of transformers would, in evaluation mode.
 
+    Models that nothing uses any more are freed first.
+
     Args:
         checkpoint: directory or Hub id.
         device: `cpu` or `cuda:0`.
@@ -91,6 +94,7 @@ def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any)
     Raises:
         BaseModelError: the checkpoint lacks weights, which transformers would draw at random.
     """
+    free_unused()
     source = {key: value for key, value in options.items() if key in ("trust_remote_code", "revision")}
     kind = auto_class(AutoConfig.from_pretrained(checkpoint, **source))
     model, found = kind.from_pretrained(
@@ -99,15 +103,27 @@ def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any)
     check_complete(found, checkpoint)
     model.eval()
     for parameter in model.parameters():
-        if parameter.dtype in (torch.bfloat16, torch.float16):
+        # the codes of a 4-bit weight may be stored as if they were bfloat16, for FSDP
+        if parameter.dtype in (torch.bfloat16, torch.float16) and not isinstance(parameter, Params4bit):
             parameter.data = parameter.data.to(dtype)  # transformers 5.23 leaves parts of a quantized base as stored
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weight at the first forward in evaluation mode.
             # The repacked weight needs a bfloat16 kernel that has no backward pass, so training would get no gradient
             # through the layer. See docs/design.md, "The CPU kernel that stops training".
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def free_unused() -> None:
+    """Free models that nothing uses any more, and the memory that torch keeps of them.
+
+    A 4-bit layer and its weight refer to each other (bitsandbytes 0.50), so that a model outlives its last name until
+    Python collects garbage. Python does so by the number of objects, and a model has few.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_quantized(config: PretrainedConfig) -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from raylora.config.assignment import Schedule
+from raylora.config.kinds import corners
 from raylora.config.rules import known_optimizer, local_path, pattern_with_group, share_or_count, split_names
 from raylora.config.space import SearchSpace, parse_space
 from raylora.errors import ConfigError
@@ -318,6 +319,14 @@ class SearchConfig(Section):
             ConfigError: a parameter is unknown, of no known kind, or out of range.
         """
         return parse_space(self.space)
+
+    def extremes(self, name: str) -> list[Any]:
+        """Return the extreme values that a parameter can take in this search, or its fixed value."""
+        kinds = self.search_space().kinds
+        if name in kinds:
+            return corners(kinds[name], kinds)
+        value = getattr(self.training, name)
+        return [",".join(value) if isinstance(value, list) else value]
 
     def n_trials(self) -> int:
         """Return the total number of trials."""

@@ -18,7 +18,8 @@ SHARE = 0.5
 def dense_copies(model: nn.Module) -> Iterator[None]:
     """Give the 4-bit layers of a model dense weights inside the block, as many as fit into the free memory.
 
-    The outputs are those of the 4-bit layers: bitsandbytes multiplies by the same dequantized weight.
+    The outputs are those of the 4-bit layers: bitsandbytes multiplies by the same dequantized weight. On a GPU, its
+    kernels for few tokens round otherwise.
 
     Args:
         model: model on one device, with or without an adapter.

@@ -1,12 +1,18 @@
-"""Generates greedy answers to prompts, in left-padded batches with a KV cache."""
+"""Generates greedy answers to prompts, in left-padded batches with a KV cache.
 
-import time
+A model that is nearly the same as another one need not generate what both would say. The other's answer is its draft:
+one forward pass shows how many of its tokens the model would choose itself, and it generates the rest.
+
+Source: Stern et al. 2018, "Blockwise Parallel Decoding" (arXiv:1811.03115), with the other model's answer as proposal.
+"""
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import datasets
 import torch
 from transformers import (
     GenerationConfig,
@@ -16,8 +22,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from raylora.data.rows import IGNORE
 from raylora.evaluate.dense import dense_copies
 from raylora.run.activity import tell
+from raylora.training.losses import likeliest_tokens
 from raylora.training.memory import MIB, free_memory_mib, with_less_memory
 
 MAX_PROMPTS = 64
@@ -38,9 +46,6 @@ class Answers:
     texts: list[str]
     """Text of each answer, as `read` gives it."""
 
-    tokens_per_second: float
-    """Generated tokens per second, end tokens included."""
-
 
 def generate(
     model: PreTrainedModel,
@@ -51,6 +56,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int | Literal["auto"],
     read: Callable[[list[int]], str] | None = None,
+    drafts: Sequence[Sequence[int]] | None = None,
 ) -> Answers:
     """Generate a greedy answer to each prompt.
 
@@ -62,6 +68,8 @@ def generate(
         max_new_tokens: longest answer in tokens.
         batch_size: prompts per batch, which have similar lengths; `auto` is `prompts_at_once`.
         read: turns the token ids of an answer into text; None decodes them without special tokens.
+        drafts: answer of a similar model to each prompt, without its end token. They save time and change no answer,
+            up to rounding.
 
     Returns:
         Answers in the order of the prompts.
@@ -76,24 +84,41 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
     )
     ends = set(stop_token_ids)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    token_ids: list[list[int]] = [[] for _ in prompts]
-    began = time.perf_counter()
     with torch.inference_mode(), _generation_config(model, greedy), dense_copies(model):
+        begun = _check_drafts(model, prompts, drafts) if drafts else [[] for _ in prompts]
+        token_ids = [_until(ids[:max_new_tokens], ends) for ids in begun]
+        # without an end token yet
+        unfinished = [index for index, ids in enumerate(begun) if len(token_ids[index]) == len(ids) < max_new_tokens]
+        order = sorted(unfinished, key=lambda index: len(prompts[index]) + len(begun[index]))
         if batch_size == "auto":
             batch_size = prompts_at_once(model, max(map(len, prompts), default=0) + max_new_tokens)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            counter = _Counter(start, len(prompts), max_new_tokens)
-            answers = with_less_memory(
-                partial(_continue, model, [prompts[index] for index in batch], counter), len(batch)
-            )
+            texts = [[*prompts[index], *begun[index]] for index in batch]
+            n_new = max_new_tokens - min(len(begun[index]) for index in batch)
+            counter = _Counter(len(prompts) - len(order) + start, len(prompts), n_new)
+            answers = with_less_memory(partial(_continue, model, texts, n_new, counter), len(batch))
             for index, ids in zip(batch, answers, strict=True):
-                token_ids[index] = _until(ids, ends)
-    seconds = time.perf_counter() - began
-    # the end token takes a step too, hence the 1
-    n_tokens = sum(min(len(ids) + 1, max_new_tokens) for ids in token_ids)
-    return Answers(token_ids, list(map(read, token_ids)), n_tokens / seconds)
+                token_ids[index] = _until([*begun[index], *ids][:max_new_tokens], ends)
+    return Answers(token_ids, list(map(read, token_ids)))
+
+
+def _check_drafts(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Return how a model's own answers begin: the tokens of the draft that it would choose itself, and one more."""
+    one_more = [0]  # whatever it is: its place shows which token the model would choose after the whole draft
+    rows = [[*prompt, *draft, *one_more] for prompt, draft in zip(prompts, drafts, strict=True)]
+    labels = [[IGNORE] * len(prompt) + row[len(prompt) :] for prompt, row in zip(prompts, rows, strict=True)]
+    part = datasets.Dataset.from_dict({"input_ids": rows, "labels": labels})
+    chosen = likeliest_tokens(model, part, batch_size=MAX_PROMPTS, pad_token_id=model.generation_config.pad_token_id)
+    return [own[: _n_equal(own, draft) + 1] for own, draft in zip(chosen, drafts, strict=True)]
+
+
+def _n_equal(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Return the number of tokens that two sequences have in common at their start."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(ids), len(others)))
 
 
 def prompts_at_once(model: PreTrainedModel, length: int) -> int:
@@ -131,7 +156,11 @@ class _Counter(StoppingCriteria):
 
 
 def _continue(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], counter: StoppingCriteria, n_prompts: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    counter: StoppingCriteria,
+    n_prompts: int,
 ) -> list[list[int]]:
     """Return the tokens that a model generates after each prompt, `n_prompts` at once."""
     answers = []
@@ -146,6 +175,7 @@ def _continue(
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
+            max_new_tokens=max_new_tokens,
             stopping_criteria=StoppingCriteriaList([counter]),
         )
         answers += output[:, width:].tolist()

@@ -34,7 +34,7 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
     Returns:
         n_rows: number of held-out rows.
         n_prompts: number of these with a prompt to generate from.
-        models: name -> heldout_loss (nats per token), the scores of `score`, tool_call_match, tokens_per_second.
+        models: name -> heldout_loss (nats per token), the scores of `score`, tool_call_match.
         intervals: name -> score -> 95 % interval by bootstrap over rows, [low, high].
         n_draws: draws of each interval.
         agreement_with_adapter: merged model -> the shares of `agreement`, and bleu_p_value.
@@ -58,7 +58,8 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
     del base
     for form in merged_forms:
         dtype, trust = compute_dtype(section, device), section.trust_remote_code
-        check.measure(f"merged_{form}", load_merged(run.merged(form), device, dtype, trust_remote_code=trust))
+        merged = load_merged(run.merged(form), device, dtype, trust_remote_code=trust)
+        check.measure(f"merged_{form}", merged, like="adapter")
     lines = check.lines()
     write_text(run.answers_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     result = {
@@ -98,8 +99,14 @@ class _Check:
         self.heldout = load_part(self.data.tokens_dir, "heldout")
         self.prompts = self.heldout.filter(_has_prompt, keep_in_memory=True)
 
-    def measure(self, name: str, model: PreTrainedModel) -> None:
-        """Measure a model's loss, and its answers if there are prompts."""
+    def measure(self, name: str, model: PreTrainedModel, like: str | None = None) -> None:
+        """Measure a model's loss, and its answers if there are prompts.
+
+        Args:
+            name: key of the results.
+            model: on any device.
+            like: name of a model measured before, whose answers are similar.
+        """
         batch_size, pad_token_id = self.config.training.per_device_eval_batch_size, self.tokenizer.pad_token_id
         losses = row_losses(model, self.heldout, batch_size=batch_size, pad_token_id=pad_token_id)
         n_tokens = sum(count for _, count in losses)
@@ -107,9 +114,9 @@ class _Check:
         means, weights = [loss / max(1, count) for loss, count in losses], [float(count) for _, count in losses]
         self.intervals[name] = {"heldout_loss": mean_interval(means, weights)}
         if len(self.prompts):
-            self._ask(name, model)
+            self._ask(name, model, like)
 
-    def _ask(self, name: str, model: PreTrainedModel) -> None:
+    def _ask(self, name: str, model: PreTrainedModel, like: str | None) -> None:
         """Generate a model's answers and score them."""
         section, references = self.config.evaluation, list(self.prompts["references"])
         answers = self.answers[name] = generate(
@@ -120,6 +127,7 @@ class _Check:
             max_new_tokens=section.max_new_tokens,
             batch_size=section.batch_size,
             read=self.reader.text,
+            drafts=self.answers[like].token_ids if like else None,
         )
         calls = score_calls(list(map(self.reader.calls, answers.token_ids)), list(self.prompts["calls"]))
         rows = score_rows(answers.texts, references, section.answer_pattern)
@@ -127,7 +135,6 @@ class _Check:
         matches = [call["tool_call_match"] for call in calls if call]
         self.models[name] |= score(answers.texts, references, section.answer_pattern)
         self.models[name] |= {"tool_call_match": sum(matches) / len(matches)} if matches else {}
-        self.models[name]["tokens_per_second"] = answers.tokens_per_second
         self.intervals[name] |= score_intervals(answers.texts, references, self.rows[name])
 
     def agreements(self) -> dict[str, dict[str, float]]:

@@ -19,10 +19,7 @@ def evaluation_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
         result: content of `evaluation.json`.
     """
-    return [
-        {"model": name, **{_short(score): value for score, value in scores.items()}}
-        for name, scores in result["models"].items()
-    ]
+    return [{"model": name, **scores} for name, scores in result["models"].items()]
 
 
 def interval_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -95,8 +92,3 @@ def show_evaluation(result: dict[str, Any], screen: Console) -> None:
         screen.print("no row has a prompt that generation could start from, so there is a loss only")
     for name in result["agreement_with_adapter"]:
         screen.print(agreement_sentence(result, name))
-
-
-def _short(score: str) -> str:
-    """Return a score's name as a column has it."""
-    return "tokens/s" if score == "tokens_per_second" else score

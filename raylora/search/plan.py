@@ -11,7 +11,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from raylora.base.architecture import Architecture
 from raylora.base.load import compute_dtype, is_quantized
 from raylora.base.locate import check_directory, find_checkpoint, is_hub_id, load_model_config, load_tokenizer
-from raylora.config.kinds import corners
 from raylora.config.schema import BaseModelSection, SearchConfig
 from raylora.data.prepare import PreparedData, prepare_data
 from raylora.data.read import check_sources, hub_commit
@@ -36,7 +35,10 @@ class Devices:
     """True if GPUs may come later, as on a cluster."""
 
     memory_mib: float | None = None
-    """Memory of one lane's device in MiB; None if it is not known before the lane starts."""
+    """Memory of this machine in MiB; None if lanes may be elsewhere."""
+
+    gpu_memory_mib: float | None = None
+    """Memory of the smallest GPU in MiB; None if there is none, or if it is not known before a lane starts."""
 
 
 @dataclass(frozen=True)
@@ -94,24 +96,24 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
     )
     trust = config.base_model.trust_remote_code
     architecture = Architecture.of_config(model_config, trust_remote_code=trust)
-    adapted = [architecture.adapted(setting) for setting in _possible(config, "target_modules")]
+    adapted = [architecture.adapted(setting) for setting in config.extremes("target_modules")]
     tokenizer = load_tokenizer(config.base_model, checkpoint)
     data = prepare_data(config.data, tokenizer, cache_dir)
     device = "cuda:0" if on_gpu else "cpu"
-    r = max(_possible(config, "r"))
+    r = max(config.extremes("r"))
     r = RANK_MULTIPLE * math.ceil(r / RANK_MULTIPLE) if on_gpu else r
     memory = estimate_memory(
         model_config,
         architecture,
         n_adapter_parameters=max(adapter_parameters(shapes, r) for shapes in adapted),
-        rows=max(_possible(config, "per_device_train_batch_size")),
+        rows=max(config.extremes("per_device_train_batch_size")),
         length=min(config.data.max_length, max(part.length_max for part in data.summaries.values())),
         dtype_bytes=compute_dtype(config.base_model, device).itemsize,
         nf4=config.base_model.quantization == "nf4" or is_quantized(model_config),
         double_quant=config.base_model.double_quant,
         on_gpu=on_gpu,
     )
-    _check_memory(memory, architecture, devices)
+    _check_memory(memory, architecture, devices, on_gpu=on_gpu)
     # a resumed search keeps its rungs, whatever its number of trials is now
     rungs = run.provenance()["rungs"] if run.provenance_file.is_file() else config.rungs(max_steps(config, data))
     text = model_config.get_text_config()
@@ -119,7 +121,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         config,
         data,
         rungs,
-        n_adapter_parameters=max(adapter_parameters(shapes, max(_possible(config, "r"))) for shapes in adapted),
+        n_adapter_parameters=max(adapter_parameters(shapes, max(config.extremes("r"))) for shapes in adapted),
         hidden_size=text.hidden_size,
         model_type=text.model_type,
     )
@@ -172,14 +174,15 @@ def forwarded(names: list[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names}
 
 
-def _check_memory(memory: MemoryEstimate, architecture: Architecture, devices: Devices) -> None:
+def _check_memory(memory: MemoryEstimate, architecture: Architecture, devices: Devices, *, on_gpu: bool) -> None:
     """Check that the base fits where a lane runs."""
-    if devices.memory_mib is not None and memory.base_mib > devices.memory_mib:
+    available = devices.gpu_memory_mib if on_gpu else devices.memory_mib
+    if available is not None and memory.base_mib > available:
         share = architecture.n_experts / (architecture.n_linear + architecture.n_rest)
         experts = f", with {share:.0%} of its weights in experts, which stay in 16 bit" if share else ""
         raise DeviceError(
             f"the base needs about {memory.base_mib / 1024:.0f} GiB{experts}, and {devices.where} has "
-            f"{devices.memory_mib / 1024:.0f}; name a smaller base"
+            f"{available / 1024:.0f}; name a smaller base"
         )
 
 
@@ -237,7 +240,7 @@ def plan_slots(config: SearchConfig, data: PreparedData, *, on_gpu: bool, n_lane
     if config.search.trials_per_gpu != "auto":
         return min(config.search.trials_per_gpu, share)
     train = data.summaries["train"]
-    smallest = min(_possible(config, "per_device_train_batch_size")) * train.tokens / train.rows
+    smallest = min(config.extremes("per_device_train_batch_size")) * train.tokens / train.rows
     fill = int(tokens_per_pass(config.search, on_gpu=on_gpu) / smallest) + 1
     return min(fill, share)
 
@@ -254,12 +257,3 @@ def max_steps(config: SearchConfig, data: PreparedData) -> int:
         return training.max_steps
     rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return math.ceil(training.num_train_epochs * data.summaries["train"].rows / rows_per_step)
-
-
-def _possible(config: SearchConfig, name: str) -> list:
-    """Return the extreme values that a parameter can take in this search."""
-    kinds = config.search_space().kinds
-    if name not in kinds:
-        value = getattr(config.training, name)
-        return [",".join(value) if isinstance(value, list) else value]
-    return corners(kinds[name], kinds)

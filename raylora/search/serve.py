@@ -124,12 +124,19 @@ class _Pack:
         try:
             found = engine.step(stepped=self._beat)
         except OUT_OF_MEMORY as error:
-            if len(engine.trials) == 1:
-                return [self._drop(next(iter(engine.trials)), error)]
-            return [self._shrink(describe_failure(error))]
+            _forget_tensors(error)
+            if len(engine.trials) > 1:
+                return [self._shrink(describe_failure(error))]
+            if engine.pack.is_dense:
+                engine.shrink()
+                return []  # once more, without the dense copy
+            return [self._drop(next(iter(engine.trials)), error)]
         except torch.AcceleratorError:
             raise  # nothing more can be asked of this process
         except Exception as error:
+            _forget_tensors(error)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # an AcceleratorError if the device is lost to this process
             alone = len(engine.trials) == 1
             faults = dict.fromkeys(engine.trials, error) if alone else engine.faults()
             if not faults:  # the trials fail only together, as where memory is short
@@ -174,6 +181,11 @@ class _Pack:
         self._starts.pop(number, None)
         if number in self._engine.trials:
             self._engine.remove(number)
+
+
+def _forget_tensors(error: Exception) -> None:
+    """Forget the local variables of a failed pass, whose activations would stay for as long as the error is handled."""
+    traceback.clear_frames(error.__traceback__)
 
 
 def serve_one(engine: Engine, link: Link, run: RunDirectory, ready: Ready) -> None:

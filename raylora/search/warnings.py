@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-from raylora.config.kinds import corners
 from raylora.config.learning_rate import rule_learning_rate
 from raylora.config.schema import SearchConfig
 from raylora.data.prepare import PreparedData
@@ -57,7 +56,7 @@ def warnings(
 
 def _of_rungs(config: SearchConfig, rungs: list[int]) -> Iterator[str]:
     """Warn of rungs that compare too little or too early."""
-    warm_up = math.ceil(max(_values(config, "warmup_ratio")) * rungs[-1])
+    warm_up = math.ceil(max(config.extremes("warmup_ratio")) * rungs[-1])
     if len(rungs) > 1 and rungs[0] <= warm_up:
         yield f"the first rung, step {rungs[0]}, lies within the warm-up of {warm_up} steps; raise search.grace_period"
     n_trials = config.n_trials()
@@ -70,13 +69,6 @@ def _of_rungs(config: SearchConfig, rungs: list[int]) -> Iterator[str]:
 
 def _of_learning_rate(config: SearchConfig, hidden_size: int, model_type: str) -> Iterator[str]:
     """Warn of a range of learning rates that lies far from the published rule."""
-    rule, rates = rule_learning_rate(hidden_size, model_type), _values(config, "learning_rate")
+    rule, rates = rule_learning_rate(hidden_size, model_type), config.extremes("learning_rate")
     if rule is not None and not min(rates) / FAR <= rule <= max(rates) * FAR:
         yield f"learning rates from {min(rates):g} to {max(rates):g} are far from the published rule's {rule:.1e}"
-
-
-def _values(config: SearchConfig, name: str) -> list[float]:
-    """Return the extreme values that a parameter can take."""
-    kinds = config.search_space().kinds
-    values = corners(kinds[name], kinds) if name in kinds else [getattr(config.training, name)]
-    return [float(value) for value in values]

@@ -7,16 +7,16 @@ import torch
 from transformers import PreTrainedModel
 
 from raylora.base.architecture import Architecture
-from raylora.base.load import compute_dtype, load_base_model
+from raylora.base.load import compute_dtype, free_unused, load_base_model
 from raylora.config.schema import SearchConfig
 from raylora.data.rows import TokenRows, load_part
-from raylora.errors import PackingError
+from raylora.errors import DeviceError, PackingError
 from raylora.training.memory import MIB, USABLE, Fit, MemoryEstimate, free_memory_mib, tokens_per_pass
 from raylora.training.packed.engine import RANK_MULTIPLE, PackedEngine
 from raylora.training.packed.forward import Pack
-from raylora.training.packed.fused import has_fused_products
+from raylora.training.packed.fused import MAX_RANK, has_fused_products
 from raylora.training.packed.group import has_grouped_products
-from raylora.training.packed.verify import Reference, check_kernels, check_pack, measure_reference
+from raylora.training.packed.verify import RANKS, Reference, check_kernels, check_pack, measure_reference
 from raylora.training.trl import TrlEngine
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
@@ -57,6 +57,7 @@ def load_engine(
             return _pack(config, model, **options)
         except PackingError as error:
             reason = str(error)
+        free_unused()
     fit = _fit(config, model.device, memory, slots=1, tokens=memory.micro_batch_tokens)
     training = config.training.model_copy(update={"gradient_checkpointing": fit.checkpointing})
     config = config.model_copy(update={"training": training})
@@ -106,9 +107,17 @@ def _pack(
     grouped = dtype == torch.bfloat16 and has_grouped_products(device)
     tokens = tokens_per_pass(config.search, on_gpu=on_gpu)
     fit = _fit(config, device, memory, slots=slots, tokens=tokens)
+    fused = config.search.fused_kernels and has_fused_products(device, dtype)
+    # kernels take more of a processor's memory for a larger rank
+    largest = (min(MAX_RANK, max(config.extremes("r"))),) if fused else ()
     architecture = Architecture.of_config(model.config, trust_remote_code=config.base_model.trust_remote_code)
     reference = measure_reference(
-        model, architecture, train, autocast=autocast, rank_multiple=RANK_MULTIPLE if grouped else 1
+        model,
+        architecture,
+        train,
+        autocast=autocast,
+        rank_multiple=RANK_MULTIPLE if grouped else 1,
+        ranks=RANKS + largest,
     )
     engine = PackedEngine(
         model,
@@ -121,7 +130,7 @@ def _pack(
         autocast=autocast,
         grouped=grouped,
         dense=on_gpu and autocast is not None and _has_room(architecture, device, memory, fit, dtype),
-        fused=config.search.fused_kernels and has_fused_products(device, dtype),
+        fused=fused,
         fused_layers=config.search.fused_kernels,
     )
     try:
@@ -146,7 +155,7 @@ def _check(engine: PackedEngine, reference: Reference, dtype: torch.dtype) -> No
     pack.fused = pack.fused_layers = False
     without = _error(pack, reference, dtype) if any(wanted) else with_all
     if without is not None:
-        raise without
+        raise PackingError(without)
     # it works without both, so each by itself may work
     for alone in ((False, True), (True, False)) if all(wanted) else ():
         pack.fused, pack.fused_layers = alone
@@ -159,15 +168,31 @@ def _check(engine: PackedEngine, reference: Reference, dtype: torch.dtype) -> No
             engine.notes.append(f"fused {name} are not used: {with_all}")
 
 
-def _error(pack: Pack, reference: Reference, dtype: torch.dtype) -> PackingError | None:
-    """Return how a pack differs from the model itself; None if it does not."""
+def _error(pack: Pack, reference: Reference, dtype: torch.dtype) -> str | None:
+    """Return how a pack differs from the model itself; None if it does not.
+
+    The error itself would keep the tensors of the failed pass.
+
+    Raises:
+        DeviceError: the GPU cannot be used by this process any more.
+    """
     try:
         check_pack(pack, reference, dtype)
         if pack.fused:
             check_kernels(pack, reference, dtype)
     except PackingError as error:
-        return error
-    return None
+        reason = str(error)
+    else:
+        return None
+    try:
+        if pack.model.device.type == "cuda":
+            torch.cuda.synchronize()
+    except torch.AcceleratorError as lost:
+        off = "--search.fused_kernels false" if pack.fused or pack.fused_layers else "--search.engine trl"
+        raise DeviceError(
+            f"a check has ended this process's use of the GPU: {reason}; start again with {off}"
+        ) from lost
+    return reason
 
 
 def _fit(config: SearchConfig, device: torch.device, memory: MemoryEstimate | None, *, slots: int, tokens: int) -> Fit:

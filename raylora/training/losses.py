@@ -14,6 +14,9 @@ from raylora.config.schema import TrainingSection
 from raylora.data.rows import IGNORE
 from raylora.training.memory import with_less_memory
 
+LOGITS_BYTES = 2**29
+"""Largest size of the logits of a batch in float32, in bytes, unless a single row has more. Our choice."""
+
 
 def eval_loss(model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int, pad_token_id: int) -> float:
     """Return the mean cross entropy over all tokens with loss, in nats.
@@ -23,7 +26,7 @@ def eval_loss(model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int
     Args:
         model: causal language model, on any device.
         part: columns `input_ids` and `labels`.
-        batch_size: rows per forward pass.
+        batch_size: most rows per forward pass. A large vocabulary makes them fewer (`LOGITS_BYTES`).
         pad_token_id: fills short rows on the right, where causal attention cannot see it.
 
     Returns:
@@ -49,10 +52,34 @@ def row_losses(
             for logits, targets in predictions(model, part, batch_size=batch_size, pad_token_id=pad_token_id)
         ]
     )
+    return [(float(row.sum()), len(row)) for row in _by_row(tokens, part)]
+
+
+def likeliest_tokens(
+    model: PreTrainedModel, part: datasets.Dataset, *, batch_size: int, pad_token_id: int
+) -> list[list[int]]:
+    """Return the token that a model ranks first at each position with loss, given the tokens of the row before it.
+
+    Arguments are those of `eval_loss`.
+
+    Returns:
+        Token ids of each row, as many as it has tokens with loss.
+    """
+    tokens = torch.cat(
+        [
+            logits.argmax(-1).cpu()
+            for logits, _ in predictions(model, part, batch_size=batch_size, pad_token_id=pad_token_id)
+        ]
+    )
+    return [row.tolist() for row in _by_row(tokens, part)]
+
+
+def _by_row(tokens: torch.Tensor, part: datasets.Dataset) -> list[torch.Tensor]:
+    """Return what `predictions` gave of each token with loss, (n_tokens,), as one tensor for each row."""
     order, labels = _shortest_first(part), part["labels"]
     counts = [sum(label != IGNORE for label in labels[index][1:]) for index in order]
-    sums = dict(zip(order, (float(row.sum()) for row in tokens.split(counts)), strict=True))
-    return [(sums[index], count) for index, count in sorted(zip(order, counts, strict=True))]
+    rows = dict(zip(order, tokens.split(counts), strict=True))
+    return [rows[index] for index in sorted(rows)]
 
 
 def predictions(
@@ -67,7 +94,8 @@ def predictions(
     """
     was_training = model.training
     model.eval()
-    for input_ids, labels in _batches(part, batch_size, pad_token_id):
+    n_tokens = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)
+    for input_ids, labels in _batches(part, batch_size, n_tokens, pad_token_id):
         loss_mask = labels[:, 1:] != IGNORE
         logits = with_less_memory(partial(_predict, model, input_ids, loss_mask), len(input_ids))
         yield logits, labels[:, 1:][loss_mask].to(logits.device)
@@ -94,7 +122,7 @@ def _predict(model: PreTrainedModel, input_ids: torch.Tensor, loss_mask: torch.T
         logits = model(input_ids=ids.to(model.device), use_cache=False, **wanted).logits
         mask = mask[:, positions] if wanted else torch.nn.functional.pad(mask, (0, 1))
         found.append(logits[mask.to(logits.device)].to(torch.promote_types(logits.dtype, torch.float32)))
-    return torch.cat(found)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _keeps_logits(model: PreTrainedModel) -> bool:
@@ -103,20 +131,32 @@ def _keeps_logits(model: PreTrainedModel) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def _batches(part: datasets.Dataset, batch_size: int, pad_token_id: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield batches of rows of similar length.
+def _batches(
+    part: datasets.Dataset, batch_size: int, n_tokens: int, pad_token_id: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches of rows of similar length, with at most `n_tokens` tokens with loss unless one row has more.
 
     Yields:
         Token ids (rows, longest) and labels (rows, longest), both int64. Padding in labels is IGNORE.
     """
     rows = part.select_columns(["input_ids", "labels"])
-    order = _shortest_first(rows)
-    for start in range(0, len(order), batch_size):
-        batch = [rows[index] for index in order[start : start + batch_size]]
-        yield (
-            pad([row["input_ids"] for row in batch], pad_token_id),
-            pad([row["labels"] for row in batch], IGNORE),
-        )
+    batch: list[dict[str, list[int]]] = []
+    left = n_tokens
+    for index in _shortest_first(rows):
+        row = rows[index]
+        count = sum(label != IGNORE for label in row["labels"])
+        if batch and (len(batch) == batch_size or count > left):
+            yield _padded(batch, pad_token_id)
+            batch, left = [], n_tokens
+        batch.append(row)
+        left -= count
+    if batch:
+        yield _padded(batch, pad_token_id)
+
+
+def _padded(batch: list[dict[str, list[int]]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the token ids and labels of rows as matrices."""
+    return pad([row["input_ids"] for row in batch], pad_token_id), pad([row["labels"] for row in batch], IGNORE)
 
 
 def _shortest_first(part: datasets.Dataset) -> list[int]:

@@ -180,7 +180,8 @@ class MemoryEstimate:
 def free_memory_mib(device: str) -> float:
     """Return the free memory in MiB: of the GPU, or for `cpu` what this process may still take."""
     if device != "cpu":
-        return torch.cuda.mem_get_info(device)[0] / MIB
+        kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + kept_by_torch) / MIB
     return free_memory() / MIB
 
 

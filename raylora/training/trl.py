@@ -1,6 +1,5 @@
 """Trains one adapter on a resident base with TRL's SFTTrainer and peft, and reports at rungs, without Ray."""
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from raylora.base.architecture import Architecture
-from raylora.base.load import load_base_model
+from raylora.base.load import free_unused, load_base_model
 from raylora.base.locate import find_checkpoint, load_tokenizer
 from raylora.config.assignment import Assignment
 from raylora.config.schema import SearchConfig, TrainingSection
@@ -128,7 +127,8 @@ class TrlEngine:
 
     @contextmanager
     def _adapted(self, assignment: Assignment) -> Iterator[PeftModel]:
-        """Yield the base with a fresh adapter. Afterwards restore the bare base and free the memory."""
+        """Free what earlier trials have left, and yield the base with a fresh adapter. Then restore the bare base."""
+        free_unused()
         config = LoraConfig(
             r=assignment.r,
             lora_alpha=assignment.lora_alpha,
@@ -137,7 +137,6 @@ class TrlEngine:
             use_rslora=assignment.use_rslora,
             task_type="CAUSAL_LM",
         )
-        model: PeftModel | None = None
         try:
             with adapted(self.model, config) as model:
                 # With a name here, each checkpoint asks the Hub for that model's config (peft 0.21).
@@ -148,10 +147,6 @@ class TrlEngine:
             # SFTTrainer wraps the base's forward (TRL 1.16, add_fused_lm_head). Each trial would add a wrapper.
             self.model.__dict__.pop("forward", None)
             self.model.gradient_checkpointing_disable()
-            model = None  # else the collection would leave it
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
 
 def _keep_adapter_in_float32(model: PeftModel, assignment: Assignment, resume_from: str | None) -> None:

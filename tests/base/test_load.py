@@ -1,5 +1,7 @@
 """Finding, quantizing and caching the base; what a broken one says."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from raylora.base import locate as base_model
@@ -32,6 +34,40 @@ def test_the_base_is_quantized_once(make_config: Callable[..., SearchConfig], tm
     assert linear.weight.quant_state.nested  # double quantization
     ids = torch.arange(10)[None]
     torch.testing.assert_close(first(ids).logits, second(ids).logits, rtol=0, atol=0)
+
+
+def test_a_base_that_nothing_uses_is_freed_before_the_next_one_is_loaded(
+    make_config: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    section = make_config().base_model
+    gc.disable()  # Python may collect at any time, and mostly does not
+    try:
+        model = load_base_model(section, tmp_path, "cpu")
+        unused = weakref.ref(model.model.layers[0].mlp.up_proj)
+        del model
+        assert unused() is not None
+        load_base_model(section, tmp_path, "cpu")
+        assert unused() is None
+    finally:
+        gc.enable()
+
+
+def test_codes_that_are_stored_as_bfloat16_stay_codes(
+    make_config: Callable[..., SearchConfig], tiny_model: Path, tmp_path: Path
+) -> None:
+    # as in checkpoints for FSDP, whose shards must have one dtype
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    ids, found = torch.arange(10)[None], []
+    for storage in (torch.uint8, torch.bfloat16):
+        quantization = BitsAndBytesConfig(**options, bnb_4bit_quant_storage=storage)
+        folder = tmp_path / str(storage)
+        AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=quantization).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((tiny_model / name).read_bytes())
+        model = load_base_model(make_config(base_model={"name": str(folder)}).base_model, tmp_path, "cpu")
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == storage
+        found.append(model(ids).logits)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_evaluating_does_not_cut_gradients_off(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:

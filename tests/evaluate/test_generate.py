@@ -41,7 +41,7 @@ def test_numbers_are_compared_as_numbers() -> None:
 
 
 def test_agreement_counts_over_the_longer_answer() -> None:
-    one, other = Answers([[1, 2, 3], [4]], ["", ""], 1.0), Answers([[1, 9], [4]], ["", ""], 1.0)
+    one, other = Answers([[1, 2, 3], [4]], ["", ""]), Answers([[1, 9], [4]], ["", ""])
     # first: 1 of 3 positions; second: 1 of 1
     assert agreement(one, other) == {"tokens": 0.5, "answers": 0.5}
 
@@ -50,8 +50,8 @@ def test_a_difference_in_bleu_is_told_from_chance() -> None:
     words = ("cat", "dog", "cow", "hen", "fox", "owl", "bat", "ant")
     references = [[f"the {word} sat on the mat today", "no"] for word in words]
     texts = [accepted[0] for accepted in references]
-    right, wrong = Answers([], texts, 1.0), Answers([], ["a completely different answer altogether"] * 8, 1.0)
-    one_off = Answers([], [*texts[:-1], "the ant sat"], 1.0)
+    right, wrong = Answers([], texts), Answers([], ["a completely different answer altogether"] * 8)
+    one_off = Answers([], [*texts[:-1], "the ant sat"])
     # whichever way answers are swapped, the difference is the same: it may be chance
     assert bleu_p_value(right, right, references) == 1.0
     assert bleu_p_value(right, one_off, references) == 1.0
@@ -88,6 +88,34 @@ def test_generation_stops_at_every_stop_token(tiny_model: Path) -> None:
     (ids,) = generate(model, tokenizer, prompts, stop_token_ids=[1], max_new_tokens=6, batch_size=1).token_ids
     (cut,) = generate(model, tokenizer, prompts, stop_token_ids=[1, ids[3]], max_new_tokens=6, batch_size=1).token_ids
     assert cut == ids[: ids.index(ids[3])]
+
+
+def test_drafts_change_no_answer(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, pad_token="</s>")
+    prompts = [tokenizer(text).input_ids for text in ("say", "say the number again", "the word", "one", "two", "six")]
+    whole = generate(model, tokenizer, prompts, stop_token_ids=[1], max_new_tokens=9, batch_size=3).token_ids
+    end = whole[0][4]  # ends the first answer after at most four tokens
+    options = {"stop_token_ids": [1, end], "max_new_tokens": 9, "batch_size": 2}
+    expected = generate(model, tokenizer, prompts, **options).token_ids
+    assert {len(ids) for ids in expected} > {9} and len(expected[0]) <= 4
+    wrong = max(max(ids) for ids in whole) + 1
+    drafts = [
+        expected[0],
+        expected[1][:3],  # too short
+        [*expected[2], wrong],  # too long
+        [wrong, *expected[3][1:]],
+        [*expected[4][:2], wrong, *expected[4][3:]],
+        [],
+    ]
+    calls: list[int] = []
+    continue_ = generation._continue
+    monkeypatch.setattr(generation, "_continue", lambda *args: calls.append(len(args[1])) or continue_(*args))
+    assert generate(model, tokenizer, prompts, drafts=drafts, **options).token_ids == expected
+    assert 0 < sum(calls) < len(prompts)
+    calls.clear()
+    assert generate(model, tokenizer, prompts, drafts=expected, **options).token_ids == expected
+    assert not calls  # one forward pass shows that nothing is left to generate
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """Lanes, slots and threads of a search, and the commits that it pins at the start."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from raylora.config.schema import SearchConfig
 from raylora.errors import ConfigError, DeviceError
-from raylora.search.plan import Devices, forwarded, pinned, plan_lanes, plan_slots, plan_threads
+from raylora.run.directory import RunDirectory
+from raylora.search.plan import Devices, Plan, forwarded, make_plan, pinned, plan_lanes, plan_slots, plan_threads
 
 
 def test_a_lane_takes_as_many_trials_as_fill_a_pass_and_one_more(
@@ -61,6 +63,20 @@ def test_only_named_variables_are_forwarded(monkeypatch: pytest.MonkeyPatch) -> 
     assert forwarded(["HF_TOKEN"]) == {"HF_TOKEN": "secret"}
     with pytest.raises(ConfigError, match="names MISSING, which is not set here"):
         forwarded(["HF_TOKEN", "MISSING"])
+
+
+def test_a_base_must_fit_into_the_memory_that_lanes_use(
+    make_config: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    def plan(device: str, **memory: float) -> Plan:
+        devices = Devices(n_gpus=1, n_cpus=2, where="this machine", node_cpus=2, **memory)
+        return make_plan(make_config(device=device), RunDirectory(tmp_path / "run"), devices)
+
+    assert plan("cuda", memory_mib=0.1, gpu_memory_mib=1000.0).on_gpu
+    assert not plan("cpu", memory_mib=1000.0, gpu_memory_mib=0.1).on_gpu
+    for device, memory in (("cuda", (1000.0, 0.1)), ("cpu", (0.1, 1000.0))):
+        with pytest.raises(DeviceError, match="the base needs about"):
+            plan(device, memory_mib=memory[0], gpu_memory_mib=memory[1])
 
 
 def test_a_lane_has_no_more_threads_than_a_node() -> None:

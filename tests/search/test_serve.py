@@ -1,6 +1,7 @@
 """A lane obeys its orders, without Ray: joins, answers, failures, and packs too large for the memory."""
 
 import errno
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from raylora.run.directory import RunDirectory, run_at
 from raylora.search.messages import Failure, Leave, News, Order, Pulse, Ready, Report, Return, Start
 from raylora.search.serve import Heart, serve_one, serve_pack
 from raylora.training.packed.engine import PackedEngine
+from raylora.training.packed.trial import PackedTrial
 from raylora.training.trl import TrlEngine
 from tests.fake_engine import FakeEngine
 from tests.helpers import assignment
@@ -182,6 +184,51 @@ def test_a_trial_that_does_not_fit_alone_fails(
     link = serve(engine, tmp_path, [start(0)])
     assert link.failures == {0: "out of memory: made up"}
     assert not engine.trials
+
+
+def test_a_trial_alone_goes_on_without_the_dense_base(
+    engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = engine.pack.backward
+
+    def short(batches: list) -> torch.Tensor:
+        if engine.pack.is_dense:
+            raise torch.OutOfMemoryError("made up")
+        return backward(batches)
+
+    engine.pack._dense["a layer"] = torch.zeros(1)
+    monkeypatch.setattr(engine.pack, "backward", short)
+    link = serve(engine, tmp_path, [start(0)], [])
+    assert link.failures == {} and link.returns == []
+    assert link.reports == [(0, 1), (0, 3)]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("made up"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
+def test_activations_of_a_failed_pass_are_freed_before_anything_else_takes_memory(
+    engine: PackedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    backward, save = engine.pack.backward, PackedTrial.save
+    activations: list[weakref.ref] = []
+    alive: list[bool] = []
+
+    def short(batches: list) -> torch.Tensor:
+        held = torch.zeros(4)
+        activations.append(weakref.ref(held))
+        if len(batches) > 1:
+            raise error
+        return backward(batches)
+
+    def saved(trial: PackedTrial, *arguments: object, **options: object) -> Path:
+        alive.extend(held() is not None for held in activations)
+        return save(trial, *arguments, **options)
+
+    engine.tokens_per_pass = 10_000
+    link = serve(engine, tmp_path, [start(0)])  # one trial reaches its first rung
+    assert link.reports == [(0, 1)]
+    monkeypatch.setattr(engine.pack, "backward", short)
+    monkeypatch.setattr(PackedTrial, "save", saved)
+    assert len(serve(engine, tmp_path, [start(1), Leave(0), start(0, resume_from="trials/0000/checkpoint-1")]).returns)
+    assert alive and not any(alive)
 
 
 def test_an_error_of_a_step_names_the_trial_that_causes_it(

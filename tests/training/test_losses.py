@@ -4,11 +4,12 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from raylora.data.rows import IGNORE
 from raylora.training import losses
-from raylora.training.losses import eval_loss, row_losses
+from raylora.training.losses import eval_loss, likeliest_tokens, row_losses
 
 
 @pytest.fixture
@@ -40,3 +41,32 @@ def test_logits_are_computed_where_a_token_has_loss(
     monkeypatch.setattr(losses, "_keeps_logits", lambda model: False)  # as a model of somebody's own code
     assert eval_loss(model, part, batch_size=1, pad_token_id=1) == pytest.approx(some, rel=1e-6)
     assert shapes[3:] == [(1, 2), (1, 3), (1, 5)]
+
+
+def test_a_large_vocabulary_makes_batches_smaller(
+    tiny_model: Path, part: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    rows: list[int] = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda _, __, named: rows.append(len(named["input_ids"])), with_kwargs=True
+    )
+    options = {"batch_size": 3, "pad_token_id": 1}
+    expected = [loss for loss, _ in row_losses(model, part, **options)]
+    assert rows == [3]
+    # room for the logits of four tokens: the rows have 1, 3 and 3
+    monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * 4 * model.config.vocab_size)
+    assert [loss for loss, _ in row_losses(model, part, **options)] == pytest.approx(expected, rel=1e-5)
+    assert rows[1:] == [2, 1]
+    monkeypatch.setattr(losses, "LOGITS_BYTES", 1)  # a row is never cut
+    assert [loss for loss, _ in row_losses(model, part, **options)] == pytest.approx(expected, rel=1e-5)
+    assert rows[3:] == [1, 1, 1]
+
+
+def test_likeliest_tokens_are_those_of_single_rows(tiny_model: Path, part: datasets.Dataset) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    found = likeliest_tokens(model, part, batch_size=2, pad_token_id=1)
+    for ids, row, first in zip(part["input_ids"], found, (2, 0, 1), strict=True):
+        logits = model(torch.tensor([ids])).logits[0]
+        # the token at a position is predicted by the position before it
+        assert row == (logits[first - 1 : -1].argmax(-1).tolist() if first else [])

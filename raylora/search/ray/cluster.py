@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylora.errors import DeviceError
-from raylora.machine import memory_limit, n_cpus
+from raylora.machine import NO_GPU, memory_limit, n_cpus
 from raylora.run.activity import watched
 from raylora.run.directory import RunDirectory
 from raylora.run.holding import borrowed
@@ -153,8 +153,8 @@ def call_on_device(
         waiting: called again and again meanwhile.
         provide: from `share_files`; called in that process first.
     """
-    remote = ray.remote(num_cpus=1, num_gpus=1) if on_gpu else ray.remote(num_cpus=n_cpus)
-    answer = remote(_call_watched).remote(function, run, provide)
+    wanted = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": n_cpus, "runtime_env": {"env_vars": NO_GPU}}
+    answer = ray.remote(**wanted)(_call_watched).remote(function, run, provide)
     while not ray.wait([answer], timeout=0.5)[0]:
         waiting()
     result, is_elsewhere = ray.get(answer)
@@ -192,8 +192,16 @@ def actor_here(kind: type, *arguments: Any, max_concurrency: int) -> ActorHandle
 def local_devices() -> Devices:
     """Return the devices of this machine, of which this process may use no more than its control groups allow."""
     n_gpus, cpus = torch.cuda.device_count(), n_cpus()
-    memory = min((torch.cuda.mem_get_info(gpu)[1] for gpu in range(n_gpus)), default=memory_limit().amount)
-    return Devices(n_gpus, cpus, "this machine", node_cpus=cpus, memory_mib=memory / 2**20)
+    # not by `mem_get_info`, which makes a context of some hundred MiB on each GPU
+    memory = [torch.cuda.get_device_properties(gpu).total_memory for gpu in range(n_gpus)]
+    return Devices(
+        n_gpus,
+        cpus,
+        "this machine",
+        node_cpus=cpus,
+        memory_mib=memory_limit().amount / 2**20,
+        gpu_memory_mib=min(memory) / 2**20 if memory else None,
+    )
 
 
 def cluster_devices() -> Devices:

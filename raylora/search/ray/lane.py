@@ -18,8 +18,10 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
+from raylora.base.load import free_unused
 from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
+from raylora.machine import NO_GPU
 from raylora.quiet import quiet_libraries
 from raylora.run.activity import Activity, heard, tell
 from raylora.run.directory import RunDirectory, run_at
@@ -115,7 +117,7 @@ def lane_trainer(settings: LaneSettings) -> TorchTrainer:
             storage_path=str(settings.run_path / "logs" / "train"),
             failure_config=FailureConfig(max_failures=MAX_RESTARTS),
             callbacks=[_Obituary(settings.name, settings.broker)],
-            worker_runtime_env={} if settings.on_gpu else {"env_vars": _openmp()},
+            worker_runtime_env={} if settings.on_gpu else {"env_vars": _openmp() | NO_GPU},
         ),
     )
 
@@ -161,6 +163,7 @@ def run_lane(train_loop_config: dict[str, Any]) -> None:
             ray.get(settings.broker.end.remote(settings.name, Lost(describe_failure(error))))
             return
         # all that lives now lives for ever; without it a collection between trials takes 0.4 s to walk the libraries
+        free_unused()
         gc.freeze()
         link = BrokerLink(settings.broker, settings.name)
         ready = Ready(_slots(engine), _facts(settings, engine, time.perf_counter() - began))

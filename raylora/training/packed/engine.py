@@ -135,6 +135,8 @@ class PackedEngine:
     def shrink(self) -> dict[int, str | None]:
         """Take the younger half of the pack out, and the dense copy of the base, for want of memory.
 
+        A single trial stays.
+
         Returns:
             Number -> checkpoint saved now; None if the trial has not begun or cannot be saved.
         """

@@ -102,6 +102,7 @@ class Pack:
     def close(self) -> None:
         """Restore the base's own layers and attention."""
         self._undo.close()
+        self.forget_dense()
 
     @property
     def fused_layers(self) -> bool:

@@ -75,6 +75,7 @@ def measure_reference(
     *,
     autocast: torch.dtype | None,
     rank_multiple: int,
+    ranks: tuple[int, ...] = RANKS,
 ) -> Reference:
     """Measure a model before it is packed.
 
@@ -84,9 +85,11 @@ def measure_reference(
         data: training rows, at least one.
         autocast: dtype of activations; None is the dtype of the parameters.
         rank_multiple: as in `Adapter`.
+        ranks: ranks of the adapters.
     """
     by_length = sorted(range(len(data)), key=data.lengths.__getitem__)
-    short = [data.input_ids(by_length[len(by_length) * part // 4])[:SHORT] for part in (1, 2, 3)]
+    parts = range(1, len(ranks) + 1)
+    short = [data.input_ids(by_length[len(by_length) * part // (len(ranks) + 1)])[:SHORT] for part in parts]
     rows = [data.input_ids(by_length[-1]), *short]
     adapters = [
         Adapter(
@@ -98,7 +101,7 @@ def measure_reference(
             device=model.device,
             rank_multiple=rank_multiple,
         )
-        for seed, r in enumerate(RANKS)
+        for seed, r in enumerate(ranks)
     ]
     for adapter in adapters:
         generator = torch.Generator().manual_seed(adapter.seed)

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,22 +75,21 @@ def reference(engine: TrlEngine, one: Assignment, folder: Path) -> list[float]:
     return found
 
 
+def draw_as_packed(model: PeftModel, one: Assignment, resume_from: str | None, dtype: torch.dtype) -> None:
+    """Stand for `_keep_adapter_in_float32`: TRL's trial gets the factors that the packed one starts from."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    shapes = {name: (module.in_features, module.out_features) for name, module in layers.items()}
+    adapter = Adapter(shapes, r=one.r, scaling=1.0, dropout=0.0, seed=one.seed)
+    for name, module in layers.items():
+        module.lora_A["default"].weight.data = adapter.lora_A[name].to(model.device, dtype)
+        module.lora_B["default"].to(dtype)
+
+
 def test_a_packed_trial_is_the_trial_of_trl_and_peft_in_float64(
     trl: TrlEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trl.model.double()
-
-    def draw_as_packed(model: PeftModel, one: Assignment, resume_from: str | None) -> None:
-        shapes = {name: (m.in_features, m.out_features) for name, m in trl_layers(model)}
-        adapter = Adapter(shapes, r=one.r, scaling=1.0, dropout=0.0, seed=one.seed)
-        for name, module in trl_layers(model):
-            module.lora_A["default"].weight.data = adapter.lora_A[name].double()
-            module.lora_B["default"].weight.data = module.lora_B["default"].weight.data.double()
-
-    def trl_layers(model: PeftModel) -> list[tuple[str, torch.nn.Module]]:
-        return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
-
-    monkeypatch.setattr(training, "_keep_adapter_in_float32", draw_as_packed)
+    monkeypatch.setattr(training, "_keep_adapter_in_float32", partial(draw_as_packed, dtype=torch.float64))
     alone = [reference(trl, one, tmp_path / f"trl-{number}") for number, one in enumerate(PACK)]
     together = run(packed(trl, torch.float64), dict(enumerate(PACK)), tmp_path)
     for number, expected in enumerate(alone):
