@@ -39,7 +39,7 @@ LENGTH = 64
 
 
 class Steps(NamedTuple):
-    """How many steps of an engine come before the timed ones, and how many are timed."""
+    """Steps of an engine: those before the clock starts, and those that are timed."""
 
     warm_up: int = 2
     timed: int = 8

@@ -72,7 +72,7 @@ def test_descent_never_makes_the_outputs_worse(layer: tuple[torch.Tensor, torch.
 
 
 def test_a_sweep_moves_each_weight_in_turn(layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    """As weight by weight in float64."""
+    """Compare a sweep with one that takes weight by weight in float64."""
     weight, scale, inputs = layer
     target = weight + 0.1 * torch.randn(32, 64)
     hessian = CalibrationInputs(inputs, inputs).hessian
