@@ -34,6 +34,13 @@ Shares of a loss near zero are chance. Three merges of one adapter of loss .0173
 last bits, ended at -5.5, -4.9 and +1.9 % (benchmarks/merge.md, "Shares of a small loss").
 """
 
+RELOADED_TOLERANCE = 1e-3
+"""Share of the loss by which a reloaded NF4 model may differ on a GPU. Our choice.
+
+Where memory is short, batches are smaller there, and sums are rounded otherwise. On a CPU, logits must be equal to the
+bit.
+"""
+
 
 @dataclass(frozen=True)
 class RoundedModel:
@@ -237,9 +244,12 @@ def _measure_written(form: str, job: MergeJob, best: RoundedModel, evaluator: Me
     model = _load(job, directory)
     if form != "nf4":
         return evaluator.measure(model)
-    if evaluator.logits_sha256(model) != best.measured["logits_sha256"]:
+    if evaluator.logits_sha256(model) == best.measured["logits_sha256"]:
+        return best.measured
+    measured = evaluator.measure(model)
+    if job.device == "cpu" or not math.isclose(measured["eval_loss"], best.eval_loss(), rel_tol=RELOADED_TOLERANCE):
         raise MergeError(f"the model reloaded from {directory} gives other logits than the one that was saved there")
-    return best.measured
+    return measured
 
 
 def open_reader(job: MergeJob) -> LayerReader:

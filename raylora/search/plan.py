@@ -112,6 +112,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         nf4=config.base_model.quantization == "nf4" or is_quantized(model_config),
         double_quant=config.base_model.double_quant,
         on_gpu=on_gpu,
+        stacked=on_gpu and not config.search.fused_kernels,
     )
     _check_memory(memory, architecture, devices, on_gpu=on_gpu)
     # a resumed search keeps its rungs, whatever its number of trials is now

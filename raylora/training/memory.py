@@ -208,6 +208,7 @@ def estimate_memory(
     nf4: bool,
     double_quant: bool,
     on_gpu: bool = False,
+    stacked: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of base, trials and tokens.
 
@@ -220,7 +221,8 @@ def estimate_memory(
         dtype_bytes: bytes of the compute dtype.
         nf4: True if linear layers are in NF4.
         double_quant: True if their scales are quantized too.
-        on_gpu: True if trials train on a GPU, where the products of adapters may be grouped.
+        on_gpu: True if trials train on a GPU.
+        stacked: True if the products of adapters may be grouped, which takes stacks. Fused kernels need none.
     """
     text = config.get_text_config()
     bits = (NF4_BITS if double_quant else NF4_BITS_SINGLE) if nf4 else 8 * dtype_bytes
@@ -229,7 +231,7 @@ def estimate_memory(
     outputs = sum(out_features for _, out_features in architecture.shapes.values())
     per_token = BESIDE_LINEAR * (inputs + outputs) * dtype_bytes + inputs  # a dropout mask has a byte per entry
     hidden_states = text.num_hidden_layers * text.hidden_size * dtype_bytes
-    trial_bytes = ADAPTER_BYTES + (STACK_BYTES if on_gpu else 0)
+    trial_bytes = ADAPTER_BYTES + (STACK_BYTES if stacked else 0)
     return MemoryEstimate(
         base_mib=base / MIB,
         trial_mib=trial_bytes * n_adapter_parameters / MIB,

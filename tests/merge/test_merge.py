@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ from raylora.merge.gate import check_tolerance
 from raylora.merge.job import MergeJob
 from raylora.merge.rounding import CalibrationInputs
 from raylora.merge.run import merge_run, save_best_adapter
-from raylora.merge.select import accepted_increase, merge_adapter, open_reader
+from raylora.merge.select import RoundedModel, _measure_written, accepted_increase, merge_adapter, open_reader
 from raylora.merge.write import write_nf4
 from raylora.report.merge_tables import merge_rows, verdict
 from raylora.run.atomic import PREFIX, read_json
@@ -166,6 +168,20 @@ def test_a_written_model_that_comes_back_changed_is_refused(
     monkeypatch.setattr(merging, "write_nf4", write_and_spoil)
     with pytest.raises(MergeError, match="gives other logits than the one that was saved there"):
         merge_adapter(make_job())
+
+
+@pytest.mark.parametrize(
+    ("device", "loss", "accepted"), [("cuda:0", 1.0005, True), ("cuda:0", 1.01, False), ("cpu", 1, False)]
+)
+def test_other_rounding_of_a_gpus_smaller_batches_is_no_changed_model(
+    monkeypatch: pytest.MonkeyPatch, device: str, loss: float, accepted: bool
+) -> None:
+    monkeypatch.setattr(merging, "_load", lambda *_: None)
+    job: Any = SimpleNamespace(device=device, outputs={"nf4": "merged"})
+    evaluator: Any = SimpleNamespace(logits_sha256=lambda _: "other", measure=lambda _: {"eval_loss": loss})
+    best = RoundedModel("calibrated", Mock(), {}, {"eval_loss": 1.0, "logits_sha256": "measured before"})
+    with nullcontext() if accepted else pytest.raises(MergeError, match="gives other logits"):
+        assert _measure_written("nf4", job, best, evaluator) == {"eval_loss": loss}
 
 
 def test_calibration_weighs_positions_with_loss_over_the_others(

@@ -95,6 +95,7 @@ class PackedEngine:
             "device": model.device,
             "dtype": dtype,
             "rank_multiple": RANK_MULTIPLE if grouped else 1,
+            "skips_overflow": autocast == torch.float16,
         }
         self._train_rows, self._validation_rows = train, validation
         self._training, self.tokens_per_pass = training, tokens_per_pass

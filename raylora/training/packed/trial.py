@@ -46,6 +46,7 @@ class PackedTrial:
         device: device of the adapter.
         dtype: type of the adapter.
         rank_multiple: as in `Adapter`.
+        skips_overflow: True to leave out a step whose gradient is infinite or NaN, as a loss scaler does in float16.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class PackedTrial:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         rank_multiple: int = 1,
+        skips_overflow: bool = False,
     ) -> None:
         self.assignment, self.rungs, self.directory = assignment, rungs, directory
-        self._max_grad_norm = training.max_grad_norm
+        self._max_grad_norm, self._skips_overflow = training.max_grad_norm, skips_overflow
         r, alpha = assignment.r, assignment.lora_alpha
         self.peft_config = LoraConfig(
             r=r,
@@ -149,8 +151,11 @@ class PackedTrial:
         """
         self._recent.append(losses)
         self._learning_rates.append(float(self._optimizer.param_groups[0]["lr"]))
-        if self._max_grad_norm > 0:
-            clip_grad_norm_(self.adapter.parameters, self._max_grad_norm)
+        if self._max_grad_norm > 0 or self._skips_overflow:
+            norm = clip_grad_norm_(self.adapter.parameters, self._max_grad_norm or math.inf)
+            if self._skips_overflow:
+                # torch's GradScaler tells a fused optimizer in this way, and nobody waits for the device
+                self._optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
         self._optimizer.step()
         self._scheduler.step()
         self.adapter.zero_grad()

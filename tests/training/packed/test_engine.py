@@ -291,6 +291,32 @@ def test_a_diverged_trial_is_said_to_have_diverged(trl: TrlEngine, tmp_path: Pat
     assert isinstance(reports[1], RungMetrics)
 
 
+def test_in_float16_a_step_whose_gradient_overflows_is_left_out(
+    trl: TrlEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = packed(trl, autocast=torch.float16)
+    for number in (1, 2):
+        engine.add(number, PACK[1], rungs=[3], directory=tmp_path / str(number))
+    engine.step()
+    backward, trial = engine.pack.backward, engine.trials[1]
+
+    def overflowing(batches: list[MicroBatch]) -> torch.Tensor:
+        losses = backward(batches)
+        trial.adapter.parameters[0].grad[0] = math.inf
+        return losses
+
+    before = [parameter.clone() for parameter in trial.adapter.parameters]
+    moments = {name: moment.clone() for name, moment in trial._moment("exp_avg").items()}
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.pack, "backward", overflowing)
+        engine.step()
+    assert all(map(torch.equal, trial.adapter.parameters, before))
+    assert all(torch.equal(moment, moments[name]) for name, moment in trial._moment("exp_avg").items())
+    reports = engine.step()
+    assert not any(map(torch.equal, trial.adapter.parameters, before))
+    assert all(isinstance(report, RungMetrics) for report in reports.values())
+
+
 def test_a_packed_trials_adapter_is_an_adapter_of_peft(trl: TrlEngine, tmp_path: Path, tiny_model: Path) -> None:
     engine = packed(trl)
     last = run(engine, {0: assignment(use_rslora=True, target_modules="mlp")}, tmp_path)[0][-1]
