@@ -185,7 +185,7 @@ class SearchSection(Section):
 
     grace_period: PositiveInt | None = None
     """First rung in optimizer steps. None picks the rung from which halving leaves one of `n_trials` at the full
-    budget, but none before 1/27 of `max_steps`."""
+    budget, but none before 1/27 of `max_steps`; where that is less than five steps, none before 1/9."""
 
     reduction_factor: int = Field(3, ge=2)
     """Reduction factor: one of this many trials is promoted at each rung."""
@@ -351,8 +351,8 @@ class SearchConfig(Section):
         if self.search.scheduler == "none":
             return [max_steps]
         factor = self.search.reduction_factor
-        # before 1/27 of the budget, trials are hardly past their warm-up
-        n_trials = min(self.n_trials(), 27)
+        # before 1/27 of the budget, trials are hardly past their warm-up; in fewer than five steps the fastest lead
+        n_trials = min(self.n_trials(), 27 if max_steps >= 27 * 5 else 9)
         earlier = next(level for level in itertools.count() if factor ** (level + 1) > n_trials)
         rung = self.search.grace_period or math.ceil(max_steps / factor**earlier)
         if rung > max_steps:

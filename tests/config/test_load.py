@@ -120,7 +120,9 @@ def test_rungs_grow_by_the_reduction_factor_up_to_the_budget() -> None:
     nine = load_config(SMOKE, {"search.n_trials": "9"})
     assert nine.rungs(27) == [3, 9, 27]  # first rung: 27 / 3**2, so that 9, 3 and 1 trials come to them
     assert nine.rungs(60) == [7, 21, 60]
-    assert load_config(SMOKE, {"search.n_trials": "100"}).rungs(81) == [3, 9, 27, 81]  # no earlier than 1/27
+    hundred = load_config(SMOKE, {"search.n_trials": "100"})
+    assert hundred.rungs(135) == [5, 15, 45, 135]  # no earlier than 1/27
+    assert hundred.rungs(134) == [15, 45, 134]  # nor with fewer than five steps
     assert load_config(SMOKE, {"search.scheduler": "none"}).rungs(27) == [27]
     with pytest.raises(ConfigError, match=r"search\.grace_period must be at most max_steps = 5, found 9"):
         load_config(SMOKE, {"search.grace_period": "9"}).rungs(5)
