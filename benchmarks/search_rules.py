@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from raylora.config.assignment import Assignment
 from raylora.config.load import load_config
 from raylora.config.schema import SearchConfig
 from raylora.quiet import quiet_libraries
@@ -35,6 +34,7 @@ from raylora.search.controller import SearchController
 from raylora.search.messages import Batch, Order, Ready, Report, Start
 from raylora.search.plan import make_plan
 from raylora.search.ray.cluster import local_devices
+from raylora.search.sampler import complete
 from raylora.training.choose import load_packed
 
 SHARES = (1 / 27, 1 / 18, 2 / 27, 1 / 9, 1 / 6, 2 / 9, 1 / 3, 1 / 2, 2 / 3, 1)
@@ -94,14 +94,13 @@ def record(output: Path, space: Path, settings: list[str]) -> None:
         )
         last = plan.rungs[-1]
         steps = sorted({max(1, round(share * last)) for share in SHARES})
-        fixed = {name: getattr(config.training, name, None) for name in Assignment.model_fields}
         points = sorted(config.search_space().grid(), key=lambda point: -float(point["learning_rate"]))
         losses: list[dict[int, float]] = [{} for _ in points]
         waiting = list(range(len(points)))
         while waiting or engine.trials:
             while waiting and len(engine.trials) < engine.slots:
                 number = waiting.pop(0)
-                assignment = Assignment.model_validate({**fixed, **points[number]})
+                assignment = complete(points[number], config.training)
                 engine.add(number, assignment, rungs=steps, directory=run.trial(number))
             for number, report in engine.step().items():
                 if isinstance(report, RungMetrics):
@@ -132,6 +131,7 @@ class Curves:
                 losses.append([math.log(loss) for loss in curve["eval_loss"].values()])
 
     def loss(self, assignment: dict[str, Any], step: int) -> float:
+        """Return the loss of an assignment at a step. Beyond the recorded rates, the nearest one counts."""
         rates, losses = self._kinds[assignment["r"], assignment["lora_alpha"] / assignment["r"]]
         rate = math.log(assignment["learning_rate"])
         curve = [np.interp(rate, rates, column) for column in zip(*losses, strict=True)]
@@ -143,7 +143,12 @@ class Curves:
 
 
 def search(curves: Curves, config: SearchConfig) -> dict[str, float]:
-    """Simulate one search and return its figures."""
+    """Simulate one search.
+
+    Returns:
+        regret: expected loss of the chosen trial over the best recorded one, less 1.
+        steps: steps of all trials.
+    """
     budget = int(curves.steps[-1])
     chance, factors = Random(config.search.seed), dict[tuple[int, int], float]()
 

@@ -13,8 +13,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from raylora.config.assignment import Assignment
-from raylora.config.schema import SearchConfig
+from raylora.config.assignment import Assignment, Value
+from raylora.config.schema import SearchConfig, TrainingSection
 from raylora.config.space import SearchSpace
 from raylora.run.state import SearchState
 from raylora.run.trial_row import TrialRow
@@ -72,10 +72,7 @@ class Sampler:
         if index < len(self._points):
             study.enqueue_trial(self._space.to_optuna(self._points[index], where=f"starting point {index + 1}"))
         trial = study.ask()
-        values = {name: getattr(self._training, name, None) for name in Assignment.model_fields}
-        if isinstance(values["target_modules"], list):
-            values["target_modules"] = ",".join(values["target_modules"])
-        return Assignment.model_validate({**values, **self._space.suggest(trial)}), trial.params
+        return complete(self._space.suggest(trial), self._training), trial.params
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         digest = hashlib.sha256(f"{self._search.seed}:{number}".encode()).digest()
@@ -109,6 +106,14 @@ class Sampler:
             known = row, frozen_trial(row, params, kinds, losses)
             self._known[row.number] = known
         return known[1]
+
+
+def complete(values: dict[str, Value], training: TrainingSection) -> Assignment:
+    """Return an assignment of values from the space. What they leave out has the training section's values."""
+    fixed = {name: getattr(training, name, None) for name in Assignment.model_fields}
+    if isinstance(fixed["target_modules"], list):
+        fixed["target_modules"] = ",".join(fixed["target_modules"])
+    return Assignment.model_validate({**fixed, **values})
 
 
 class _Shown(optuna.storages.InMemoryStorage):
