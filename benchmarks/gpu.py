@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from torch.nn.functional import grouped_mm
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from raylora.base.load import compute_dtype, free_unused
 from raylora.config.assignment import Assignment
 from raylora.config.schema import BaseModelSection, DataSection, MergeSection, SearchSection
 from raylora.data.prepare import prepare_data
@@ -51,6 +54,7 @@ from raylora.testing import make_rows, make_tiny_model
 from raylora.training import trl as training
 from raylora.training.memory import (
     Fit,
+    MemoryEstimate,
     adapter_parameters,
     estimate_memory,
     free_memory_mib,
@@ -69,6 +73,12 @@ from raylora.training.trl import TrlEngine
 
 MIXED_RANKS = (8, 16, 32, 64) * 2
 """Ranks of the default space, two trials each."""
+
+ARTICLE_RANKS, ARTICLE_ROWS = (8, 64), 4
+"""Ranks of the two trials of `article`, and rows of their micro-batches."""
+
+CARD_MIB = 23.5 * 1024
+"""Memory of a card of 24 GB, in MiB, without what the driver takes."""
 
 OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
 
@@ -140,13 +150,22 @@ class Bench:
         quiet_libraries()
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda:0" if self.on_gpu else "cpu")
-        self.dtype = torch.float32 if dry and not self.on_gpu else torch.bfloat16  # CPUs are slow in bfloat16
+        self.dtype = compute_dtype(BaseModelSection(name=""), self.device.type)
         self.autocast = None if self.dtype == torch.float32 else self.dtype
         self.grouped = has_grouped_products(self.device)
         self.fused = has_fused_products(self.device, self.dtype)
 
     def note(self, **facts: Any) -> None:
         note(self.output, self.stage, **facts)
+
+    @contextmanager
+    def unless_too_large(self, **facts: Any) -> Iterator[None]:
+        """Note facts and error if the block runs out of memory, and go on after it."""
+        free_unused()  # what the last one has left
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self.note(**facts, error=str(error)[:200])
 
     def engine(self, shape: str, dtype: torch.dtype | None = None) -> TrlEngine:
         """Make a base of a shape, or of the tiny one, and TRL's engine on it."""
@@ -215,7 +234,7 @@ def env(bench: Bench) -> None:
 
 def check(bench: Bench) -> None:
     """Run the check of a lane's start on this device: losses and gradients against the model itself and peft."""
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.float16,) if bench.dtype == torch.float16 else (torch.bfloat16, torch.float16):
         engine, grouped = bench.engine("smollm2", dtype), bench.grouped and dtype == torch.bfloat16
         multiple = RANK_MULTIPLE if grouped else 1
         reference = measure_reference(
@@ -305,6 +324,7 @@ def exact(bench: Bench) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         found = _train_together(packed(engine), trials, steps, Path(folder))
+        _compare_company(bench, engine)
         for number in (0, 1, 3):
             reports: list[RungMetrics] = []
             with patch.object(training, "_keep_adapter_in_float32", _draw_as_packed):
@@ -316,6 +336,10 @@ def exact(bench: Bench) -> None:
                 )
             alone = reports[-1].eval_loss
             bench.note(r=trials[number].r, packed=found[number], trl=alone, relative=abs(found[number] / alone - 1))
+
+
+def _compare_company(bench: Bench, engine: TrlEngine) -> None:
+    """Note how the gradient of an adapter beside others differs from that of the adapter alone."""
     pack = Pack(
         engine.model,
         list(engine.architecture.shapes),
@@ -403,10 +427,15 @@ def speed(bench: Bench, shape: str, cases: list[tuple[int, int]], trl_tokens: li
             _time_pack(bench, engine, shape, list(MIXED_RANKS), cases[0][1], folder, steps, **options)
         for tokens in trl_tokens:
             trial = TRIAL.model_copy(update={"per_device_train_batch_size": tokens // LENGTH})
-            seconds = trl_seconds(engine, trial, folder / f"trl-{tokens}", steps)
-            bench.note(shape=shape, engine="trl", tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds)
+            facts = {"shape": shape, "engine": "trl", "tokens": tokens}
+            with bench.unless_too_large(**facts):
+                seconds = trl_seconds(engine, trial, folder / f"trl-{tokens}", steps)
+                bench.note(**facts, seconds=seconds, tokens_per_second=tokens / seconds)
         for n, tokens in cases[2:]:
             _time_pack(bench, engine, shape, [TRIAL.r] * n, tokens, folder, steps)
+        # passes of one long micro-batch, where one kernel of the fused products has few programs
+        n, tokens = max(cases, key=lambda case: case[1])
+        _time_pack(bench, engine, shape, [TRIAL.r] * n, tokens, folder, steps, fused=False)
 
 
 def _time_pack(
@@ -421,23 +450,22 @@ def _time_pack(
 ) -> None:
     """Note seconds of a step and peak memory of a pack; the options are those of `throughput.packed`."""
     trial = TRIAL.model_copy(update={"per_device_train_batch_size": tokens // LENGTH})
-    reset_peak_memory()
-    seconds, _ = packed_seconds(engine, trial, len(ranks), folder, steps, ranks, **options)
     n_tokens = len(ranks) * tokens
-    bench.note(
-        shape=shape,
-        engine="packed",
-        options=options,
-        ranks=ranks,
-        tokens=tokens,
-        seconds=seconds,
-        seconds_per_trial=seconds / len(ranks),
-        tokens_per_second=n_tokens / seconds,
-        peak_mib=peak_memory_mib(),
-        estimated_mib=_estimated_mib(
-            bench, engine, max(ranks), tokens, Fit(len(ranks), _tokens_of_pass(bench, n_tokens, tokens), False)
-        ),
-    )
+    fit = Fit(len(ranks), _tokens_of_pass(bench, n_tokens, tokens), False)
+    estimate = _estimate(bench, engine, ranks, tokens // LENGTH, LENGTH, **options)
+    facts = {"shape": shape, "engine": "packed", "options": options, "ranks": ranks, "tokens": tokens}
+    with bench.unless_too_large(**facts):
+        reset_peak_memory()
+        seconds, _ = packed_seconds(engine, trial, len(ranks), folder, steps, ranks, **options)
+        bench.note(
+            **facts,
+            seconds=seconds,
+            seconds_per_trial=seconds / len(ranks),
+            tokens_per_second=n_tokens / seconds,
+            peak_mib=peak_memory_mib(),
+            # the estimate knows no dense base, which is kept only where memory is left
+            estimated_mib=None if options.get("dense") else estimate.total_mib(fit),
+        )
 
 
 def _tokens_of_pass(bench: Bench, n_tokens: int, micro_batch: int) -> int:
@@ -445,20 +473,22 @@ def _tokens_of_pass(bench: Bench, n_tokens: int, micro_batch: int) -> int:
     return min(n_tokens, max(micro_batch, tokens_per_pass(SearchSection(), on_gpu=bench.on_gpu)))
 
 
-def _estimated_mib(bench: Bench, engine: TrlEngine, r: int, tokens: int, fit: Fit) -> float:
-    """Return the memory that raylora would expect of a pack, in MiB."""
-    estimate = estimate_memory(
+def _estimate(
+    bench: Bench, engine: TrlEngine, ranks: list[int], rows: int, length: int, *, fused: bool = True, **_: bool
+) -> MemoryEstimate:
+    """Return the memory that raylora expects of trials of these ranks, with rows of so many tokens in a micro-batch."""
+    return estimate_memory(
         engine.model.config,
         engine.architecture,
-        n_adapter_parameters=adapter_parameters(engine.architecture.shapes, r),
-        rows=tokens // LENGTH,
-        length=LENGTH,
+        n_adapter_parameters=sum(adapter_parameters(engine.architecture.shapes, r) for r in ranks) // len(ranks),
+        rows=rows,
+        length=length,
         dtype_bytes=bench.dtype.itemsize,
         nf4=True,
         double_quant=True,
         on_gpu=bench.on_gpu,
+        stacked=bench.on_gpu and not (fused and bench.fused),
     )
-    return estimate.total_mib(fit)
 
 
 def speed_7b(bench: Bench) -> None:
@@ -480,43 +510,54 @@ def speed_1b(bench: Bench) -> None:
 
 def kernels(bench: Bench) -> None:
     """Count the kernels of a step, and note the share of its time in which the GPU works."""
-    for shape, n_trials in (("7b", (1, 8)), ("smollm2", (8,))):
+    for shape, n_trials in (("smollm2", (8,)), ("7b", (1, 8))):
         engine = bench.engine(shape)
         for n in n_trials:
-            pack = packed(engine)
-            for number in range(n):
-                trial = TRIAL.model_copy(update={"per_device_train_batch_size": 512 // LENGTH, "seed": number})
-                pack.add(number, trial, rungs=[10**6], directory=Path("/nowhere"))
-            pack.step()
-            wall = bench.seconds(pack.step, 3)
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.on_gpu
-            with profile(activities=activities) as profiler:
+            with bench.unless_too_large(shape=shape, trials=n), closing(packed(engine)) as pack:
+                for number in range(n):
+                    trial = TRIAL.model_copy(update={"per_device_train_batch_size": 512 // LENGTH, "seed": number})
+                    pack.add(number, trial, rungs=[10**6], directory=Path("/nowhere"))
                 pack.step()
-                bench.wait()
-            kind = "CUDA" if bench.on_gpu else "CPU"
-            events = [one for one in profiler.profiler.kineto_results.events() if str(one.device_type()).endswith(kind)]
-            by_name: dict[str, list[float]] = {}
-            for event in events:
-                by_name.setdefault(event.name()[:70], []).append(event.duration_ns() / 1e6)
-            longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:14]
-            bench.note(
-                shape=shape,
-                trials=n,
-                seconds=wall,
-                kernels=len(events),
-                busy_seconds=sum(event.duration_ns() for event in events) / 1e9,
-                longest=[[name, len(times), round(sum(times), 2)] for name, times in longest],
-                columns=["kernel", "calls", "milliseconds"],
-            )
-            pack.close()
+                wall = bench.seconds(pack.step, 3)
+                events = _profiled(bench, pack.step)
+                by_name: dict[str, list[float]] = {}
+                for name, milliseconds in events:
+                    by_name.setdefault(name, []).append(milliseconds)
+                longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:14]
+                bench.note(
+                    shape=shape,
+                    trials=n,
+                    seconds=wall,
+                    kernels=len(events),
+                    busy_seconds=sum(milliseconds for _, milliseconds in events) / 1e3,
+                    longest=[[name, len(times), round(sum(times), 2)] for name, times in longest],
+                    columns=["kernel", "calls", "milliseconds"],
+                )
         del engine
+
+
+def _profiled(bench: Bench, call: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Return name and milliseconds of each kernel of a call, or of each operator on a CPU."""
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.on_gpu) as profiler:
+        call()
+        bench.wait()
+    kind = "CUDA" if bench.on_gpu else "CPU"
+    # an optimizer's step is annotated on the GPU too, with the time of its kernels
+    return [
+        (event.name()[:70], event.duration_ns() / 1e6)
+        for event in profiler.profiler.kineto_results.events()
+        if str(event.device_type()).endswith(kind) and not event.is_user_annotation()
+    ]
 
 
 def merge_1b(bench: Bench) -> None:
     """Merge an adapter into random weights of 1B by `merge_size.py`."""
     script, output = Path(__file__).parent / "merge_size.py", bench.output / "merge_1b.json"
     command = [sys.executable, str(script), str(output), "--model", "tiny" if bench.dry else "1b"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # as here, raylora need not be installed there
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-1000:])
     bench.note(**json.loads(output.read_text()))
@@ -526,21 +567,25 @@ def article(bench: Bench) -> None:
     """Take two trials of the shape of Llama 2 7B through every stage of a search, with time and peak memory of each.
 
     The trials are of r 8 and 64, with 4 rows of 256 to 1024 tokens a micro-batch, as `search_spaces/qlora.yaml` has
-    them on rows of conversations: trained, paused, resumed, merged, loaded and asked.
+    them on rows of conversations: trained, paused, resumed, merged, loaded and asked. Activations are recomputed if a
+    search would do so on a card of 24 GB.
     """
     engine = bench.engine("7b")
     longest = 64 if bench.dry else 1024
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(longest // 4, longest + 1, (64,), generator=generator).tolist()
     rows = [torch.randint(5, 250, (n,), generator=generator).tolist() for n in lengths]
+    estimate = _estimate(bench, engine, list(ARTICLE_RANKS), ARTICLE_ROWS, longest)
+    fit = estimate.fit(CARD_MIB - estimate.base_mib, slots=2, tokens=4096, checkpointing="auto")
+    bench.note(card_mib=CARD_MIB, fit=asdict(fit), estimated_mib=estimate.total_mib(fit))
     pack = PackedEngine(
         engine.model,
         engine.architecture,
         _Rows(rows),
         _Rows(rows[:8]),
-        engine.training,
-        tokens_per_pass=4096,
-        slots=2,
+        engine.training.model_copy(update={"gradient_checkpointing": fit.checkpointing}),
+        tokens_per_pass=fit.tokens,
+        slots=fit.slots,
         autocast=bench.autocast,
         grouped=bench.grouped,
         fused=bench.fused,
@@ -549,8 +594,8 @@ def article(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trials = [
-            TRIAL.model_copy(update={"r": r, "lora_alpha": r, "seed": n, "per_device_train_batch_size": 4})
-            for n, r in enumerate((8, 64))
+            TRIAL.model_copy(update={"r": r, "lora_alpha": r, "seed": n, "per_device_train_batch_size": ARTICLE_ROWS})
+            for n, r in enumerate(ARTICLE_RANKS)
         ]
         for number, trial in enumerate(trials):
             pack.add(number, trial, rungs=[2, 4], directory=folder / str(number))
@@ -629,9 +674,9 @@ def _staged(bench: Bench, what: str, call: Callable[[], Any]) -> Any:
 
 STAGES: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "env": (30, env),
-    "check": (90, check),
+    "check": (120, check),
     "products": (50, products),
-    "exact": (80, exact),
+    "exact": (110, exact),
     "speed_7b": (125, speed_7b),
     "speed_smollm2": (80, speed_smollm2),
     "kernels": (60, kernels),

@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 import time
+from contextlib import closing
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,21 +200,20 @@ def packed_seconds(
     **options: bool,
 ) -> tuple[float, float]:
     """Return the seconds of one step of n trials, and the peak memory in MiB. `ranks` gives each trial its rank."""
-    pack = packed(engine, **options)
-    for number in range(n):
-        r = ranks[number] if ranks else trial.r
-        changes = {"seed": number, "r": r, "lora_alpha": r if ranks else trial.lora_alpha}
-        pack.add(number, trial.model_copy(update=changes), rungs=[10**6], directory=folder)
-    for _ in range(steps.warm_up):
-        pack.step()
-    _synchronize()
-    began = time.perf_counter()
-    for _ in range(steps.timed):
-        pack.step()
-    _synchronize()
-    seconds = (time.perf_counter() - began) / steps.timed
+    with closing(packed(engine, **options)) as pack:
+        for number in range(n):
+            r = ranks[number] if ranks else trial.r
+            changes = {"seed": number, "r": r, "lora_alpha": r if ranks else trial.lora_alpha}
+            pack.add(number, trial.model_copy(update=changes), rungs=[10**6], directory=folder)
+        for _ in range(steps.warm_up):
+            pack.step()
+        _synchronize()
+        began = time.perf_counter()
+        for _ in range(steps.timed):
+            pack.step()
+        _synchronize()
+        seconds = (time.perf_counter() - began) / steps.timed
     mib = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-    pack.close()
     return seconds, mib
 
 

@@ -3,6 +3,7 @@
 Run as `python -m raylora.trial SPACE.yaml [--output DIR] [--section.key value ...]`.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,8 @@ def trial(
     resume_from: Annotated[Path | None, typer.Option(help="Checkpoint to continue from.")] = None,
 ) -> None:
     """Train the first assignment of the search. With e.g. --space.r 8, draw it from the changed space."""
+    # TRL refuses a 4-bit base where it sees several GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     # these load torch and Ray, which `raylora --help` must not wait for
     import torch  # noqa: PLC0415
 

@@ -88,7 +88,7 @@ def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any)
     Args:
         checkpoint: directory or Hub id.
         device: `cpu` or `cuda:0`.
-        dtype: dtype of the unquantized parameters.
+        dtype: dtype of the unquantized parameters, and of the products of 4-bit layers.
         options: further arguments of `from_pretrained`.
 
     Raises:
@@ -112,6 +112,8 @@ def load_plain(checkpoint: str, device: str, dtype: torch.dtype, **options: Any)
             # The repacked weight needs a bfloat16 kernel that has no backward pass, so training would get no gradient
             # through the layer. See docs/design.md, "The CPU kernel that stops training".
             module.support_avx512bf16_for_cpu = False
+            # a checkpoint that is already quantized brings a compute dtype of its own, float32 if it names none
+            module.compute_dtype, module.compute_type_is_set = dtype, True
     return model
 
 

@@ -1,6 +1,7 @@
 """Finding, quantizing and caching the base; what a broken one says."""
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_codes_that_are_stored_as_bfloat16_stay_codes(
         assert model.model.layers[0].mlp.up_proj.weight.dtype == storage
         found.append(model(ids).logits)
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("stored", "used"), [("bfloat16", "float32"), (None, "bfloat16")])
+def test_a_quantized_base_computes_in_our_dtype_and_not_in_the_one_it_brings(
+    stored: str | None, used: str, make_config: Callable[..., SearchConfig], tiny_model: Path, tmp_path: Path
+) -> None:
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=stored)
+    folder = shutil.copytree(tiny_model, tmp_path / "quantized", ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=quantization).save_pretrained(folder)
+    section = make_config(base_model={"name": str(folder), "compute_dtype": used}).base_model
+    layer = load_base_model(section, tmp_path, "cpu").model.layers[0].mlp.up_proj
+    x = torch.randn(3, 64, dtype=getattr(torch, used))
+    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    torch.testing.assert_close(layer(x), x @ weight.to(x.dtype).T, rtol=0, atol=0)
 
 
 def test_evaluating_does_not_cut_gradients_off(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:

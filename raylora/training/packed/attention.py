@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raylora.errors import PackingError
@@ -93,6 +94,9 @@ def _sdpa(
         ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
         mask = ones.tril() & ones.triu(1 - sliding_window)
     rows = [part.transpose(1, 2) for part in (query, key, value)]
+    if not _takes_groups(*rows):
+        rows[1:] = (repeat_kv(part, query.shape[2] // part.shape[1]) for part in rows[1:])
+        module = nn.Identity()  # by the number of groups in the module, transformers would repeat them too
     attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
         module, *rows, mask, dropout=0.0, scaling=scaling, is_causal=mask is None
     )
@@ -112,6 +116,15 @@ def has_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and size % 8 == 0
         and _has_kernel(query.device)
     )
+
+
+def _takes_groups(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return True if several query heads may share a key head in SDPA, all of (rows, heads, length, head_dim).
+
+    On a GPU without flash attention, such as a T4, torch 2.13 would compute them by its plainest kernel, which keeps
+    all scores in float32.
+    """
+    return query.device.type != "cuda" or has_flash(query, key, value)
 
 
 @cache

@@ -27,7 +27,7 @@ LEVELS = 2**16
 """Steps of the drop probability: each entry takes 16 bits."""
 
 ROWS = 512
-"""Tokens whose bits are drawn at once, so that they stay in a CPU's cache."""
+"""Tokens whose bits are drawn at once on a CPU, so that they stay in its cache."""
 
 
 def states(seed: int, key: int, n_tokens: int) -> Tensor:
@@ -64,7 +64,8 @@ def draw_mask(states: Tensor, thresholds: Tensor, layer: int, n_features: int) -
     rows = _mix64(states + _signed(layer * LAYER))
     # the bits as signed numbers, which torch compares with a threshold of the same type
     least = (thresholds - LEVELS // 2).to(torch.int16)
-    for some, least_of_row, kept in zip(rows.split(ROWS), least.split(ROWS), mask.split(ROWS), strict=True):
+    size = ROWS if states.device.type == "cpu" else max(1, len(states))
+    for some, least_of_row, kept in zip(*(part.split(size) for part in (rows, least, mask)), strict=True):
         bits = _xorshift(some[:, None] + columns, 32).mul_(_signed(MULTIPLIERS[0]))
         torch.ge(_xorshift(bits, 32).view(torch.int16)[:, :n_features], least_of_row, out=kept)
     return mask

@@ -206,12 +206,12 @@ class PackedEngine:
         began = time.perf_counter()
         try:
             losses = torch.cat([self.pack.backward(part) for part in cut(batches, self.tokens_per_pass)]).unbind()
+            for trial in trials:
+                trial.update([loss for owner, loss in zip(owners, losses, strict=True) if owner is trial])
         except Exception:
             for trial in trials:
                 trial.adapter.zero_grad()
             raise
-        for trial in trials:
-            trial.update([loss for owner, loss in zip(owners, losses, strict=True) if owner is trial])
         if self._on_gpu and self._due():
             torch.cuda.synchronize()  # what is still under way belongs to training, not to validation
         seconds = time.perf_counter() - began

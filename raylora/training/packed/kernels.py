@@ -22,6 +22,9 @@ TILE = 32
 N_ADDRESSES = 4
 """Addresses of a layer's factors in the table: A, B, and the gradients of these."""
 
+LAYERS = ("n_layers", "layer")
+"""Arguments for whose values no kernel is compiled anew; Triton would take each multiple of 16 for another kind."""
+
 _GAMMA, _LAYER = tl.constexpr(dropout.GAMMA), tl.constexpr(dropout.LAYER)
 _MULTIPLIER_0, _MULTIPLIER_1 = (tl.constexpr(multiplier) for multiplier in dropout.MULTIPLIERS)
 _SHIFT_0, _SHIFT_1, _SHIFT_2 = (tl.constexpr(shift) for shift in dropout.SHIFTS)
@@ -62,7 +65,7 @@ def _offsets(rank, n, r, columns, IS_B: tl.constexpr):
     return r[:, None] * n + columns[None, :]
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=LAYERS)
 def project(
     x, h, scaling, states, thresholds, starts, lengths, ranks, addresses, owners, firsts, n, n_layers, layer,
     WHICH: tl.constexpr, IS_B: tl.constexpr, DROPOUT: tl.constexpr, R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
@@ -94,7 +97,7 @@ def project(
     tl.store(h + rows[:, None] * R + r[None, :], total.to(h.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=LAYERS)
 def add_expanded(
     h, y, states, thresholds, starts, lengths, ranks, addresses, owners, firsts, n, n_layers, layer,
     WHICH: tl.constexpr, IS_B: tl.constexpr, DROPOUT: tl.constexpr, R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
@@ -124,7 +127,7 @@ def add_expanded(
     tl.store(target, total.to(y.dtype.element_ty), mask=bounds)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=LAYERS)
 def add_outer(
     h, x, weights, states, thresholds, starts, lengths, ranks, addresses, n, n_layers, layer,
     WHICH: tl.constexpr, IS_B: tl.constexpr, DROPOUT: tl.constexpr, R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,

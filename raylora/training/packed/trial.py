@@ -149,8 +149,7 @@ class PackedTrial:
         Args:
             losses: a scalar of each micro-batch, nats per token of the step.
         """
-        self._recent.append(losses)
-        self._learning_rates.append(float(self._optimizer.param_groups[0]["lr"]))
+        learning_rate = float(self._optimizer.param_groups[0]["lr"])
         if self._max_grad_norm > 0 or self._skips_overflow:
             norm = clip_grad_norm_(self.adapter.parameters, self._max_grad_norm or math.inf)
             if self._skips_overflow:
@@ -159,6 +158,8 @@ class PackedTrial:
         self._optimizer.step()
         self._scheduler.step()
         self.adapter.zero_grad()
+        self._recent.append(losses)
+        self._learning_rates.append(learning_rate)
         self.step += 1
 
     @property
@@ -248,6 +249,7 @@ class PackedTrial:
         """Return what a checkpoint holds beside the adapter, independent of device and of rank padding."""
         return {
             "step": self.step,
+            "adam_step": int(self._optimizer.state[self.adapter.parameters[0]]["step"]),
             "tokens_seen": self.tokens_seen,
             "reported_step": self._reported_step,
             "seconds": self.seconds,
@@ -273,7 +275,7 @@ class PackedTrial:
             for name, view in self._moment(key).items():
                 view.copy_(state["moments"][key][name])
         for parameter in self.adapter.parameters:
-            self._optimizer.state[parameter]["step"].fill_(self.step)
+            self._optimizer.state[parameter]["step"].fill_(state["adam_step"])
         self._optimizer.param_groups[0]["lr"] = state["learning_rate"]
         self._scheduler.load_state_dict(state["scheduler"])
 

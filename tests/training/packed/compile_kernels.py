@@ -57,6 +57,7 @@ def compiled(kernel: triton.JITFunction, r: int, capability: int) -> dict[str, o
     return {
         "kernel": kernel.__name__,
         "r": r,
+        "unspecialized": [parameter.name for parameter in kernel.params if parameter.do_not_specialize],
         "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
         "spills": len(re.findall(r"\bSTL\b", code)),
         "tensor_core_products": len(re.findall(r"\bHG?MMA\b", code)),

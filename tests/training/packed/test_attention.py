@@ -221,3 +221,30 @@ def test_the_kernel_needs_compute_capability_8(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     has_kernel = attention._has_kernel.__wrapped__
     assert has_kernel(torch.device("cuda:0")) == expected and not has_kernel(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, window of 4"])
+def test_heads_are_repeated_where_only_the_plainest_kernel_takes_groups(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as on a T4: neither a GPU with flash attention nor a CPU
+    ids, labels = rows()
+    found, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        assert key.shape[1] == value.shape[1] == query.shape[1]
+        assert not options.get("enable_gqa", False)
+        return sdpa(query, key, value, **options)
+
+    for takes_groups in (True, False):
+        monkeypatch.setattr(attention, "_takes_groups", lambda *_, answer=takes_groups: answer)
+        pack = pack_of(tiny(MODELS[name]))
+        assert pack.model.config.num_key_value_heads < pack.model.config.num_attention_heads
+        one = adapter(pack)
+        with monkeypatch.context() as patched:
+            if not takes_groups:
+                patched.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+            found.append((pack.backward([MicroBatch(one, ids, labels, 0.1)]), gradients(one)))
+        pack.close()
+    for grouped_heads, repeated in zip(*found, strict=True):
+        torch.testing.assert_close(repeated, grouped_heads, rtol=1e-7, atol=1e-10)  # float64, in another order

@@ -222,6 +222,31 @@ def test_a_step_without_memory_changes_nothing_and_the_younger_half_leaves(
     assert report.eval_loss == pytest.approx(whole[1].eval_loss, rel=1e-5)  # float32, in packs of other shapes
 
 
+def test_an_update_without_memory_leaves_no_gradient_to_be_counted_twice(
+    trl: TrlEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(packed(trl), {1: assignment(seed=1)}, tmp_path / "whole")[1]
+    engine = packed(trl)
+    for number in range(3):
+        engine.add(number, assignment(seed=number), rungs=STEPS, directory=tmp_path / str(number))
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError("made up")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.trials[1]._optimizer, "step", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.step()
+    assert [trial.step for trial in engine.trials.values()] == [1, 0, 0]
+    engine.remove(0)
+    while 1 in engine.trials:
+        for number, report in engine.step().items():
+            assert isinstance(report, RungMetrics)
+            if number == 1 and report.step == STEPS[-1]:
+                assert report.step_losses == pytest.approx(whole[-1].step_losses, rel=1e-5)  # float32, in other packs
+                engine.remove(1)
+
+
 def test_two_shrinks_between_rungs_leave_the_reported_checkpoint_and_lose_no_second(
     trl: TrlEngine, tmp_path: Path
 ) -> None:
@@ -312,6 +337,10 @@ def test_in_float16_a_step_whose_gradient_overflows_is_left_out(
         engine.step()
     assert all(map(torch.equal, trial.adapter.parameters, before))
     assert all(torch.equal(moment, moments[name]) for name, moment in trial._moment("exp_avg").items())
+    # Adam has counted one step of two, also after a pause
+    engine.add(3, PACK[1], rungs=[3], directory=tmp_path / "1", resume_from=str(trial.save()))
+    for one in (trial, engine.remove(3)):
+        assert one.step == 2 and {float(state["step"]) for state in one._optimizer.state.values()} == {1.0}
     reports = engine.step()
     assert not any(map(torch.equal, trial.adapter.parameters, before))
     assert all(isinstance(report, RungMetrics) for report in reports.values())

@@ -221,3 +221,5 @@ def test_kernels_compile_for_a_gpu_without_spills_and_with_its_tensor_cores() ->
     ]
     for one in compiled:
         assert one["spills"] == 0 and one["tensor_core_products"] > 0, one
+        # numbers of layers of two bases share a kernel
+        assert one["unspecialized"] == ["n_layers", "layer"]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from raylora.base.architecture import Architecture
-from raylora.training.packed import attention, layers
+from raylora.training.packed import attention, dropout, layers
 from raylora.training.packed import fused as fused_module
 from raylora.training.packed.adapter import Adapter
 from raylora.training.packed.forward import Pack
@@ -175,6 +175,18 @@ def test_the_products_of_torch_stay_within_their_budget(monkeypatch: pytest.Monk
     assert of_a_layer((16,), monkeypatch, fused=False, dropout=0.0) <= 240
     assert of_a_layer(MANY, monkeypatch, fused=False, dropout=0.0) <= 240
     assert of_a_layer(MANY, monkeypatch, fused=False) <= 440
+
+
+def test_a_mask_takes_as_many_launches_for_many_tokens_as_for_few() -> None:
+    # on a CPU it takes more: rows are drawn in pieces that stay in its cache
+    counts = []
+    for n_tokens in (8, 4 * dropout.ROWS):
+        states = torch.empty(n_tokens, dtype=torch.int64, device="meta")
+        thresholds = torch.empty(n_tokens, 1, dtype=torch.int32, device="meta")
+        with Operators() as operators:
+            dropout.draw_mask(states, thresholds, layer=0, n_features=64)
+        counts.append(operators.counts)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("fused", [False, True])
