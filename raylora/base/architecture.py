@@ -75,6 +75,12 @@ def auto_class(config: PretrainedConfig) -> Any:
     raise BaseModelError(f"{kind.model_type} is no causal language model; name one that generates text")
 
 
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Return the number of positions that a base has an embedding for; None if it rotates embeddings, or has none."""
+    text = config.get_text_config()
+    return None if getattr(text, "rope_parameters", None) else getattr(text, "max_position_embeddings", None)
+
+
 def check_quantization(config: PretrainedConfig) -> None:
     """Check that a base is in 16 or 32 bit, or in bitsandbytes' NF4.
 

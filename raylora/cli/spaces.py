@@ -10,9 +10,10 @@ def find_space(space: Path | None) -> Path:
     """Return a search space file.
 
     Args:
-        space: path of a file, or the name of one that ships with raylora; None is `qlora.yaml`.
+        space: path of a file; or the name of one that ships with raylora, also in `search_spaces/`. None is
+            `qlora.yaml`.
     """
-    if space is not None and space.exists():
+    if space is not None and (space.exists() or space.parent not in (Path(), Path("search_spaces"))):
         return space
     name = DEFAULT if space is None else space.name
     shipped = next((folder / name for folder in _folders() if (folder / name).is_file()), None)

@@ -141,6 +141,9 @@ def parse_kind(key: str, spec: Any, *, nested: bool = False) -> Kind:
         return Fixed(plain_value(spec))
     spec = dict(spec)
     times = spec.pop("times", None)
+    for reference, name in (("times", times), ("depends_on", spec.get("depends_on"))):
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"{key}.{reference}: must be the name of a parameter, found {name!r}")
     if "depends_on" in spec and not nested:
         if set(spec) != {"depends_on", "cases"} or times or not isinstance(spec["cases"], dict) or not spec["cases"]:
             raise ConfigError(f"{key}: depends_on takes cases (value -> kind) and nothing else, found {sorted(spec)}")

@@ -4,10 +4,12 @@ Precedence: the defaults of `schema.py` < the YAML file < `--section.key value` 
 Importing this module loads neither torch nor Ray.
 """
 
+import copy
 import difflib
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -22,9 +24,16 @@ _S = TypeVar("_S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that reads `2e-4` as a number. YAML 1.1 reads it as text, since it has no dot."""
+    """YAML loader that reads `2e-4` as a number and `2026-01-31` as text, as no setting is a date.
+
+    YAML 1.1 reads the first as text, since it has no dot.
+    """
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -35,7 +44,7 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Se
 
     Args:
         path: YAML file.
-        overrides: dotted key -> value as typed on the command line. Values are read as YAML.
+        overrides: dotted key -> value as typed on the command line. Texts are taken as they are, others read as YAML.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a key or value breaks a rule.
@@ -45,11 +54,13 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Se
         raise ConfigError(f"search space file not found: {path}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x}; save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections (base_model, data, space, ...), found {type(values).__name__}")
-    return _with_absolute_paths(build_config(_changed(values, overrides or {}), source=str(path)))
+    return _with_absolute_paths(build_config(_changed(values, overrides or {}, SearchConfig), source=str(path)))
 
 
 def build_config(values: dict[str, Any], *, source: str) -> SearchConfig:
@@ -75,7 +86,7 @@ def change_config(config: SearchConfig, overrides: dict[str, str]) -> SearchConf
     Raises:
         ConfigError: a key or value breaks a rule.
     """
-    return build_config(_changed(config.model_dump(mode="json"), overrides), source="command line")
+    return build_config(_changed(_plain(config), overrides, SearchConfig), source="command line")
 
 
 def build_merge_config(base: str, overrides: dict[str, str]) -> MergeConfig:
@@ -88,7 +99,7 @@ def build_merge_config(base: str, overrides: dict[str, str]) -> MergeConfig:
     Raises:
         ConfigError: a key or value breaks a rule.
     """
-    return _validated(MergeConfig, _changed({"base_model": {"name": base}}, overrides), "command line")
+    return _validated(MergeConfig, _changed({"base_model": {"name": base}}, overrides, MergeConfig), "command line")
 
 
 def _validated(kind: type[_S], values: dict[str, Any], source: str) -> _S:
@@ -119,32 +130,65 @@ def _with_absolute_paths(config: SearchConfig) -> SearchConfig:
 
 def _is_local(path: Path) -> bool:
     """Return True for a path of this machine, or a pattern of such paths, and False for a Hub id or a URL."""
-    return path.exists() or ("*" in path.name and ":" not in path.parts[0])
+    try:
+        return path.exists() or ("*" in path.name and ":" not in path.parts[0])
+    except OSError:  # a name of more characters than a file can have
+        return False
 
 
 def dump_config(config: SearchConfig) -> str:
     """Return the resolved config as YAML that loads to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _changed(values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
-    """Apply command line values to plain values, in place."""
+class _Dumper(yaml.SafeDumper):
+    """YAML dumper that writes no text which `_Loader` reads as another value."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _plain(config: SearchConfig) -> dict[str, Any]:
+    """Return section -> key -> plain value. The keys of cases in the space stay numbers and booleans."""
+    return config.model_dump(mode="json") | {"space": copy.deepcopy(config.space)}
+
+
+def _changed(values: dict[str, Any], overrides: dict[str, str], kind: type[Section]) -> dict[str, Any]:
+    """Apply command line values to the plain values of a config, in place."""
     for key, text in overrides.items():
-        _set(values, key, text)
+        _set(values, key, text, is_text=_is_text(kind, key.split(".")))
     return values
 
 
-def _set(values: dict[str, Any], key: str, text: str) -> None:
-    """Set one dotted key to a value that is read as YAML."""
+def _is_text(kind: Any, keys: list[str]) -> bool:
+    """Return True if a key of a config takes text and nothing else, but for null."""
+    for key in keys:
+        if isinstance(kind, type) and issubclass(kind, Section) and key in kind.model_fields:
+            kind = kind.model_fields[key].annotation
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            return False
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return {get_args(part)[0] if get_origin(part) is Annotated else part for part in parts} - {NoneType} == {str}
+
+
+def _set(values: dict[str, Any], key: str, text: str, *, is_text: bool) -> None:
+    """Set one dotted key to a value: text as it is typed if it is not quoted, and anything else by YAML."""
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--{key}: {section} is a value, not a section")
     try:
-        values[last] = yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--{key}: not valid YAML: {text}") from error
+        if not is_text:
+            raise ConfigError(f"--{key}: not valid YAML: {text}") from error
+        value = text
+    is_quoted = isinstance(value, str) and text[0] in "'\""
+    is_null = value is None and not text.lstrip().startswith("#")  # which opens a comment
+    values[last] = text if is_text and not is_quoted and not is_null else value
 
 
 def _explain(item: Any, kind: type[BaseModel]) -> str:

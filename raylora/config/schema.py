@@ -328,6 +328,11 @@ class SearchConfig(Section):
         value = getattr(self.training, name)
         return [",".join(value) if isinstance(value, list) else value]
 
+    def rows_per_step(self) -> tuple[int, int]:
+        """Return the fewest and the most training rows that an optimizer step of a trial may take."""
+        batches, passes = map(self.extremes, ("per_device_train_batch_size", "gradient_accumulation_steps"))
+        return min(batches) * min(passes), max(batches) * max(passes)
+
     def n_trials(self) -> int:
         """Return the total number of trials."""
         if self.search.n_trials is not None:

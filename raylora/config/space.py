@@ -161,8 +161,13 @@ def _check_range(name: str, kind: Kind, kinds: dict[str, Kind]) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
     if isinstance(kind, Cases):
         _check_cases(name, kind, kinds)
+    for one in [case for _, case in kind.cases] if isinstance(kind, Cases) else [kind]:
+        if field.annotation is int and isinstance(one, Range) and not one.integer:
+            raise ConfigError(f"space.{name}: takes whole numbers; draw them by `int` or `logint`")
     for value in corners(kind, kinds):
         try:
+            if isinstance(value, str) and field.annotation in (int, float):
+                raise ConfigError(f"space.{name}: must be a number, found text {value!r}; leave the quotes out")
             adapter.validate_python(value)
         except ValidationError as error:
             rule = error.errors()[0]["msg"].replace("Input should be", "must be")

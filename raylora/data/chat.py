@@ -102,7 +102,7 @@ def _adapted(conversation: Conversation, template: ChatTemplate) -> list[Message
     for number, message in enumerate(conversation.messages, 1):
         try:
             messages.append(template.adapt(message))
-        except DataError as error:
+        except (DataError, TypeError, ValueError) as error:  # the latter two of a spelt tool call
             raise DataError(f"{conversation.source}, message {number}: {error}") from error
     return messages
 

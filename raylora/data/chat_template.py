@@ -1,6 +1,7 @@
 """Chooses the chat template of a search, and asks it what it writes: prompts, ends of turns, names of variables."""
 
 import re
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,16 @@ TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexE
 """Errors with which a template ends on messages that it was not written for."""
 
 
-def set_chat_template(data: DataSection, format: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_chat_template(
+    data: DataSection, format: str, tokenizer: PreTrainedTokenizerBase, *, has_conversations: bool
+) -> None:
     """Give the tokenizer the chat template that `data.chat_template` names. Alpaca rows default to Alpaca's.
 
     Args:
         data: settings of the data.
         format: dataset format of the training rows.
         tokenizer: changed in place.
+        has_conversations: True if rows are conversations, which need a template.
 
     Raises:
         DataError: the template file is missing or broken, or conversations have no template at all.
@@ -73,7 +77,7 @@ def set_chat_template(data: DataSection, format: str, tokenizer: PreTrainedToken
         tokenizer.chat_template = _fitted(NAMED[chosen], tokenizer)
     elif chosen != "tokenizer":
         tokenizer.chat_template = _from_file(Path(chosen).expanduser())
-    if format in ("messages", "conversations", "alpaca") and not tokenizer.chat_template:
+    if has_conversations and not tokenizer.chat_template:
         raise DataError(
             "conversations need a chat template, and the tokenizer has none; "
             "set data.chat_template to `chatml` or to a Jinja file"
@@ -223,10 +227,12 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
     if tokenizer.chat_template:
         template = ChatTemplate(tokenizer)
         turns = [USER, {"role": "assistant", "content": "b"}]
-        text, asked = template.text(turns), template.text([USER], add_generation_prompt=True)
-        answer = text[common_prefix(asked, text) :]
-        ids = tokenizer(answer, add_special_tokens=False).input_ids
-        ends.add(template.end_of_answer(answer, ids, [*turns, USER]))
+        # a template may demand a system message or a variable; rows then show what ends their answers
+        with suppress(*TEMPLATE_ERRORS):
+            text, asked = template.text(turns), template.text([USER], add_generation_prompt=True)
+            answer = text[common_prefix(asked, text) :]
+            ids = tokenizer(answer, add_special_tokens=False).input_ids
+            ends.add(template.end_of_answer(answer, ids, [*turns, USER]))
     return sorted(token for token in ends if token is not None)
 
 

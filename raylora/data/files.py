@@ -37,7 +37,7 @@ CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 BYTE_ORDER_MARKS = {BOM_UTF8: "utf-8-sig", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
 """First bytes of a text -> its encoding."""
 
-ROW_COLUMNS = {"messages", "conversations", "prompt", "completion"}
+ROW_COLUMNS = {"messages", "conversations", "prompt", "completion", "instruction"}
 """Columns by which a JSON object is known as a row, and not as a container of rows."""
 
 DELIMITERS = ",;\t|"
@@ -65,8 +65,13 @@ def bad_row_to(on_bad_row: OnBadRow) -> Iterator[None]:
 
 def file_type(path: str) -> str:
     """Return the suffix that tells how to read a file, without that of its compression; empty if there is none."""
-    name = PurePosixPath(path.lower())
+    name = _name(path)
     return PurePosixPath(name.stem).suffix if name.suffix in CODECS else name.suffix
+
+
+def _name(path: str) -> PurePosixPath:
+    """Return a path or URL in lower case, without the query of a URL such as `?download=true`."""
+    return PurePosixPath(re.sub(r"^(https?://[^?#]*)[?#].*", r"\1", path.lower()))
 
 
 def read_file(path: str, on_bad_row: OnBadRow = None) -> Rows:
@@ -90,8 +95,9 @@ def read_file(path: str, on_bad_row: OnBadRow = None) -> Rows:
         raise DataError(f"{path} is empty")
     if type == ".parquet":
         try:
-            return dict(enumerate(pyarrow.parquet.read_table(pa.BufferReader(content)).to_pylist(), 1))
-        except (pa.ArrowInvalid, OSError) as error:
+            table = pyarrow.parquet.read_table(pa.BufferReader(content))
+            return dict(enumerate(table.to_pylist(maps_as_pydicts="lossy"), 1))
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the latter two of a date
             raise DataError(f"{path} is not a readable parquet file: {first_line(error)}") from error
     text = _decoded(content, path)
     if type in (".csv", ".tsv"):
@@ -101,7 +107,7 @@ def read_file(path: str, on_bad_row: OnBadRow = None) -> Rows:
 
 def _content(path: str) -> bytes:
     """Return the bytes of a file, decompressed."""
-    codec = CODECS.get(PurePosixPath(path.lower()).suffix)
+    codec = CODECS.get(_name(path).suffix)
     try:
         with fsspec.open(path, "rb") as file:
             return pa.CompressedInputStream(file, codec).read() if codec else file.read()
@@ -154,8 +160,8 @@ def _read_json(text: str, path: str, on_bad_row: OnBadRow) -> Rows:
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or brackets too deep
         raise DataError(f"{path}: JSON that cannot be read: {first_line(error)}") from error
     if isinstance(rows, dict):
-        lists = [value for key, value in rows.items() if isinstance(value, list) and key not in ROW_COLUMNS]
-        rows = lists[0] if len(lists) == 1 else [rows] if rows.keys() & ROW_COLUMNS else rows
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        rows = [rows] if rows.keys() & ROW_COLUMNS else lists[0] if len(lists) == 1 else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: must be a JSON array of objects")
     checked = {}
@@ -169,22 +175,28 @@ def _read_json(text: str, path: str, on_bad_row: OnBadRow) -> Rows:
 def _read_csv(text: str, path: str, on_bad_row: OnBadRow) -> Rows:
     """Read delimited text with a header. Every value is text; line breaks in quotes are kept as they are."""
     csv.field_size_limit(sys.maxsize)  # 128 KiB by default, which long answers exceed
-    header, *rest = _LINE_END.split(text.lstrip(), maxsplit=1)
+    text = text.lstrip("\r\n")
+    header, *rest = _LINE_END.split(text, maxsplit=1)
     if declared := re.fullmatch("sep=(.)", header):  # Excel's own first line
-        text, header = rest[0], _LINE_END.split(rest[0], maxsplit=1)[0]
+        text = "".join(rest).lstrip("\r\n")
+        header = _LINE_END.split(text, maxsplit=1)[0]
     possible = declared[1] if declared else "\t" if file_type(path) == ".tsv" else DELIMITERS
     delimiter = max(possible, key=lambda one: len(next(csv.reader([header], delimiter=one), [])))
-    reader = csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=delimiter, strict=True)
+    # `prompt, completion` has a space after each delimiter, which belongs to no value
+    spaced = delimiter not in " \t" and f"{delimiter} " in header
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=spaced)
     try:
         names = [name.strip() for name in next(reader, [])]
-        if not all(names) or len(set(names)) < len(names):
+        named = [name for name in names if name]  # pandas' index has no name
+        if not named or len(set(named)) < len(named):
             raise DataError(f"{path}:1: each column needs a name of its own, found {', '.join(names) or 'nothing'}")
         rows: Rows = {}
         for number, values in enumerate((values for values in reader if values), 1):  # a blank line has no values
             with bad_row_to(on_bad_row):
                 if len(values) != len(names):
                     raise DataError(f"{path}:{reader.line_num}: {len(names)} columns expected, found {len(values)}")
-                rows[number] = dict(zip(names, values, strict=True))
+                rows[number] = {name: value for name, value in zip(names, values, strict=True) if name}
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: broken CSV: {error}") from error
     return rows

@@ -6,12 +6,12 @@ Alpaca (instruction/input/output), and LLaMA-Factory's columns beside them (syst
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from raylora.data.examples import Conversation, Example, TextExample
 from raylora.data.files import OnBadRow, Row, Rows, bad_row_to
-from raylora.data.messages import Message, to_messages, to_tools, without_nulls
+from raylora.data.messages import ROLES, Message, read_notation, to_messages, to_tools, without_nulls
 from raylora.errors import DataError
 
 COLUMNS = {
@@ -25,13 +25,16 @@ COLUMNS = {
 `text` column too."""
 
 OPTIONAL_COLUMNS = {
-    "prompt-completion": ("references", "tools", "chat_template_kwargs"),
-    "messages": ("references", "tools", "functions", "system", "chat_template_kwargs"),
-    "conversations": ("references", "tools", "functions", "system", "chat_template_kwargs"),
-    "alpaca": ("references", "input", "system", "history"),
+    "prompt-completion": ("references",),
+    "messages": ("references",),
+    "conversations": ("references",),
+    "alpaca": ("references", "input", "history"),
     "text": (),
 }
 """Dataset format -> columns that it uses where they are given."""
+
+CONVERSATION_COLUMNS = ("tools", "functions", "system", "chat_template_kwargs")
+"""Columns that rows which are conversations use beside these."""
 
 FIRST_ROWS = 100
 """Rows from which `auto` tells the format."""
@@ -89,10 +92,18 @@ def detect_format(rows: Rows, source: str) -> str:
     )
 
 
-def unused_columns(row: Row, format: str, columns: Mapping[str, str]) -> list[str]:
-    """Return the names of a row's columns that its dataset format does not read."""
-    used = {columns.get(column, column) for column in (*COLUMNS[format], *OPTIONAL_COLUMNS[format])}
-    return [column for column in row if column not in used]
+def unused_columns(rows: Iterable[Row], format: str, columns: Mapping[str, str], *, conversations: bool) -> list[str]:
+    """Return the columns of rows that their dataset format does not read, in the order in which they appear.
+
+    Args:
+        rows: rows as read, with the columns of the file.
+        format: their dataset format.
+        columns: column of the format -> column of the file, where they differ.
+        conversations: True if the rows are conversations.
+    """
+    read = (*COLUMNS[format], *OPTIONAL_COLUMNS[format], *(CONVERSATION_COLUMNS if conversations else ()))
+    used = {columns.get(column, column) for column in read}
+    return list(dict.fromkeys(column for row in rows for column in row if column not in used))
 
 
 def rename_columns(rows: Rows, columns: Mapping[str, str], source: str) -> Rows:
@@ -209,27 +220,39 @@ def _references(row: Row) -> tuple[str, ...]:
     """Return the row's `references`, empty if it has none. A text is one reference, or a JSON list of them."""
     found = row.get("references") or []
     if isinstance(found, str):
-        try:
-            found = json.loads(found)
-        except json.JSONDecodeError:
-            found = [found]
+        found = _json_list(found) or [found]
     if not isinstance(found, list):
         found = [found]
     if any(isinstance(reference, list | dict) for reference in found):
         raise TypeError(f"references must be texts, found {found!r:.60}")
-    return tuple(str(reference) for reference in found if reference is not None)
+    texts = tuple(str(reference) for reference in found if reference is not None)
+    "".join(texts).encode()  # JSON can spell half of a character
+    return texts
+
+
+def _json_list(text: str) -> list[Any]:
+    """Return a JSON list, with numbers as they are written; an empty one if the text is none."""
+    try:
+        found = json.loads(text, parse_float=str, parse_int=str, parse_constant=str)
+    except (ValueError, RecursionError):
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _turns(value: Any) -> Any:
-    """Return messages that a CSV column holds as JSON text, and any other value unchanged."""
-    if not isinstance(value, str) or not re.match(r'\s*\[\s*\{\s*"', value):
+    """Return messages that a CSV column spells, in JSON or in Python's notation, and any other value unchanged."""
+    if not isinstance(value, str) or not re.match(r"""\s*\[\s*\{\s*["']""", value):
         return value
-    try:
-        messages = json.loads(value)
-    except json.JSONDecodeError:
-        return value
-    is_turns = all(isinstance(message, dict) and message.keys() & {"role", "from"} for message in messages)
-    return messages if is_turns else value
+    messages = read_notation(value)
+    return messages if isinstance(messages, list) and all(map(_is_turn, messages)) else value
+
+
+def _is_turn(value: Any) -> bool:
+    """Return True for a message: a mapping with a speaker and with something said or called."""
+    if not isinstance(value, dict):
+        return False
+    speaker = str(value.get("role", value.get("from"))).lower()
+    return speaker in ROLES and bool(value.keys() & {"content", "value", "tool_calls", "function_call", "refusal"})
 
 
 def _text(value: Any, column: str) -> str:

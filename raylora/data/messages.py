@@ -5,7 +5,9 @@ as LLaMA-Factory and axolotl read it (from, value, function_call, observation, t
 transformers' chat templates (reasoning_content, tool_calls with arguments as a mapping).
 """
 
+import ast
 import json
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -13,10 +15,13 @@ from typing import Any
 Message = dict[str, Any]
 """One turn: `role`; `content`, text; and, where given, `reasoning_content`, `tool_calls`, `name` and other keys."""
 
+CALLERS = ("function_call", "tool_call")
+"""Speakers whose turn is a tool call, spelt as JSON."""
+
 ROLES = {
     **dict.fromkeys(("user", "human", "input"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard", "output"), "assistant"),
-    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(CALLERS, "assistant"),
     **dict.fromkeys(("tool", "observation", "tool_response", "function", "function_response", "ipython"), "tool"),
     "system": "system",
     "developer": "developer",
@@ -47,7 +52,8 @@ def to_messages(turns: Any) -> tuple[tuple[Message, ...], tuple[bool, ...]]:
     """Return the messages of a conversation, and for each one if it is trained on.
 
     Args:
-        turns: list of messages in any dialect; a dict of lists, one list per key; or the JSON text of either.
+        turns: list of messages in any dialect; a dict of lists, one list per key; or the text of either, in JSON or in
+            Python's notation, as pandas writes it to CSV.
 
     Returns:
         Messages, at least one; and booleans, True only for assistant messages that no mask excludes.
@@ -89,9 +95,11 @@ def to_tools(tools: Any) -> tuple[dict[str, Any], ...]:
         function = tool["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"tool {number} of `tools` has no name: {tool!r:.60}")
-        parameters = _parsed(function.get("parameters", {}), f"parameters of tool {function['name']}")
+        schema = function.get("parameters", function.get("input_schema", {}))  # Anthropic's name
+        parameters = _parsed(schema, f"parameters of tool {function['name']}")
         if not isinstance(parameters, dict):
             raise TypeError(f"parameters of tool {function['name']} must be a mapping, found {parameters!r:.60}")
+        function = {key: value for key, value in function.items() if key != "input_schema"}
         found.append({**tool, "function": {**function, **({"parameters": parameters} if parameters else {})}})
     return tuple(found)
 
@@ -135,7 +143,7 @@ def split_tool_calls(message: Message) -> Message:
     found = _TOOL_CALLS.fullmatch(message["content"]) if message["role"] == "assistant" else None
     if found is None or "tool_calls" in message:
         return message
-    calls = [_json_or_none(text) for text in re.findall("<tool_call>(.*?)</tool_call>", found["calls"], re.DOTALL)]
+    calls = [read_notation(text) for text in re.findall("<tool_call>(.*?)</tool_call>", found["calls"], re.DOTALL)]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
         return message
     return {**message, "content": found["content"].strip(), "tool_calls": [_call(call) for call in calls]}
@@ -162,15 +170,17 @@ def _to_message(turn: Message) -> Message:
     if unread := [key for key in NOT_TEXT if turn.get(key)]:
         raise ValueError(f"has {', '.join(unread)}; only text can be trained on, and tools stand beside the messages")
     said = next((turn[key] for key in ("content", "value", "refusal") if key in turn), None)
+    said = None if isinstance(said, float) and math.isnan(said) else said  # an empty cell of pandas
+    calls = _calls(turn)
+    if speaker.lower() in CALLERS and not calls and (spelt := _spelt_calls(said)):
+        calls, said = spelt, ""
     content, parts_reasoning = _text("" if said is None else said, role)
     reasoning = next((turn[key] for key in REASONING if turn.get(key)), "") or parts_reasoning
     if not isinstance(reasoning, str):
         raise TypeError(f"reasoning must be text, found {reasoning!r:.60}")
-    calls = _calls(turn, speaker, said)
+    reasoning = reasoning if reasoning.strip() else ""
     if said is None and not calls and not reasoning:
         raise ValueError(f"has no content; its keys: {', '.join(turn)}")
-    if calls and speaker in ("function_call", "tool_call"):
-        content = ""
     used = {"role", "from", "content", "value", "refusal", "tool_calls", "function_call", *REASONING, *MASKS, *NOT_TEXT}
     return {
         "role": role,
@@ -185,8 +195,12 @@ def _text(content: Any, role: str) -> tuple[str, str]:
     """Return content as text, and the reasoning that its parts hold."""
     if isinstance(content, str):
         return content, ""
+    if role != "tool" and isinstance(content, dict):
+        content = [content]  # a single part
+    if isinstance(content, list):
+        content = [part for part in content if part is not None]
     is_parts = isinstance(content, list) and all(map(_is_part, content))
-    if role in ("tool", "assistant") and not is_parts:  # a result, or the call of a ShareGPT turn
+    if role == "tool" and not is_parts:  # a result
         return json.dumps(content, ensure_ascii=False), ""
     if not is_parts:
         raise TypeError(f"content must be text or a list of parts, found {content!r:.60}")
@@ -214,16 +228,29 @@ def _part_texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else [part["text"] for part in value]
 
 
-def _calls(turn: Message, speaker: str, content: Any) -> list[dict[str, Any]]:
+def _calls(turn: Message) -> list[dict[str, Any]]:
     """Return the tool calls of a turn, each with its arguments as a mapping."""
     calls = _parsed(turn.get("tool_calls"), "tool_calls") or []
     if turn.get("function_call"):
         calls = [*calls, turn["function_call"]]
-    if speaker in ("function_call", "tool_call"):
-        written = _json_or_none(content) if isinstance(content, str) else content
-        written = written if isinstance(written, list) else [written]
-        if all(isinstance(call, dict) and "name" in call for call in written):
-            calls = written
+    return [_call(call) for call in calls]
+
+
+def _spelt_calls(content: Any) -> list[dict[str, Any]]:
+    """Return the tool calls that are the content of a turn: one, a list, or one a line; empty if it has tags.
+
+    Raises:
+        ValueError: it is no call.
+    """
+    if isinstance(content, str):
+        if "<tool_call>" in content:
+            return []  # `split_tool_calls` reads them
+        lines = [read_notation(line) for line in content.splitlines() if line.strip()]
+        read = read_notation(content)
+        content = read if read is not None else lines
+    calls = content if isinstance(content, list) else [content]
+    if not calls or not all(isinstance(call, dict) and call.keys() & {"name", "function"} for call in calls):
+        raise ValueError("a tool call must be JSON with `name` and `arguments`")
     return [_call(call) for call in calls]
 
 
@@ -255,17 +282,23 @@ def _is_trained(turn: Message) -> bool:
 
 
 def _parsed(value: Any, what: str) -> Any:
-    """Return a value; parse it if it is JSON text."""
+    """Return a value; parse it if it is text."""
     if not isinstance(value, str):
         return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{what} must be JSON, found {value[:60]!r}") from error
+    found = read_notation(value)
+    if found is None and value.strip() not in ("", "null", "None"):
+        raise ValueError(f"{what} must be JSON, found {value[:60]!r}")
+    return found
 
 
-def _json_or_none(text: str) -> Any:
+def read_notation(text: str) -> Any:
+    """Return the value that a text spells in JSON, or a list or mapping in Python's notation; None if there is none."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
+        pass
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
+    return found if isinstance(found, list | dict) else None

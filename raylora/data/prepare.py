@@ -64,6 +64,27 @@ class PreparedData:
         """Load the tokenizer that made the tokens, with its chat template."""
         return AutoTokenizer.from_pretrained(self.tokens_dir / TOKENIZER, trust_remote_code=trust_remote_code)
 
+    def longest(self, data: DataSection) -> int:
+        """Return the tokens of the longest row, after truncation."""
+        return min(data.max_length, max(part.length_max for part in self.summaries.values()))
+
+    def check_positions(self, data: DataSection, n_positions: int | None) -> None:
+        """Check that a base has an embedding for each position of the longest row.
+
+        Args:
+            data: settings of the data.
+            n_positions: positions of the base; None sets no limit.
+
+        Raises:
+            DataError: a row is longer.
+        """
+        longest = self.longest(data)
+        if n_positions is not None and longest > n_positions:
+            raise DataError(
+                f"the longest row has {longest} tokens, and the base has positions for {n_positions}; set "
+                f"data.max_length to {n_positions}, or name a base for longer texts"
+            )
+
     def facts(self) -> dict[str, dict[str, Any]]:
         """Return part -> fields of its summary."""
         return {part: dataclasses.asdict(summary) for part, summary in self.summaries.items()}
@@ -110,7 +131,7 @@ def prepare_data(data: DataSection, tokenizer: PreTrainedTokenizerBase, cache_di
         DataError: a source is broken, parts overlap, nothing is left to train on, or a chat template is missing.
     """
     parts = read_parts(data)
-    set_chat_template(data, parts.format, tokenizer)
+    set_chat_template(data, parts.format, tokenizer, has_conversations=parts.has_conversations)
     fingerprint = _fingerprint(parts, data, tokenizer)
     tokens_dir = cache_dir / "tokens" / fingerprint
     return load_prepared(made_once(tokens_dir, partial(_encode_parts, parts, data, tokenizer)))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import fsspec
+from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
 from raylora.config.schema import DataSection
@@ -177,7 +178,7 @@ def _read_hub(name: str, subset: str | None, split: str, revision: str | None) -
     """Read a Hub data set, from the cache of `datasets` if it is there."""
     try:
         return datasets.load_dataset(name, subset, split=split, revision=revision).to_list()
-    except (OSError, ValueError) as error:  # huggingface_hub's and datasets' errors derive from these
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # a script is refused by a RuntimeError
         what = name if revision is None else f"{name} at revision {revision}"
         raise DataError(
             f"{what} is neither a file here nor a Hub data set that can be loaded: {first_line(error)}; "

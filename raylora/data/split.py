@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raylora.config.schema import DataSection
-from raylora.data.examples import Example
-from raylora.data.files import OnBadRow, Row, Rows
+from raylora.data.examples import Conversation, Example
+from raylora.data.files import OnBadRow, Rows
 from raylora.data.formats import detect_format, rename_columns, to_examples, unused_columns
 from raylora.data.read import hub_split, read_rows
 from raylora.errors import DataError
@@ -37,10 +37,15 @@ class Parts:
     """Dataset format of the training rows."""
 
     unused_columns: list[str]
-    """Columns of the first training row that the format does not read."""
+    """Columns of the training rows that the format does not read."""
 
     bad_rows: list[DataError]
     """Errors of the rows that were dropped."""
+
+    @property
+    def has_conversations(self) -> bool:
+        """True if rows are conversations."""
+        return any(isinstance(one, Conversation) for part in PARTS for one in getattr(self, part))
 
 
 def read_parts(data: DataSection) -> Parts:
@@ -69,7 +74,7 @@ def read_parts(data: DataSection) -> Parts:
         n_overlapping=n_overlapping,
         n_duplicates=len(parts["train"]) - len(set(map(repr, parts["train"]))),
         format=sources["train"].format,
-        unused_columns=unused_columns(sources["train"].first_row(), sources["train"].format, data.columns),
+        unused_columns=sources["train"].unused_columns(data, given["train"]),
         bad_rows=bad_rows,
     )
 
@@ -111,9 +116,11 @@ class _Source:
             )
         ]
 
-    def first_row(self) -> Row:
-        """Return the first row, with the columns of the file."""
-        return next(iter(next(iter(self.files.values())).values()))
+    def unused_columns(self, data: DataSection, examples: list[Example]) -> list[str]:
+        """Return the columns of the files that no example holds."""
+        rows = (row for rows in self.files.values() for row in rows.values())
+        conversations = any(isinstance(one, Conversation) for one in examples)
+        return unused_columns(rows, self.format, data.columns, conversations=conversations)
 
 
 def _without_overlap(given: dict[str, list[Example]], data: DataSection) -> tuple[list[Example], int]:
@@ -161,7 +168,8 @@ def _split_off(
     for key in sorted(groups, key=lambda key: _order(key, data.seed)):
         if len(taken) >= target:
             break
-        taken.update(groups[key])
+        if len(groups[key]) <= max(target, len(examples) / len(groups)):  # a prompt of very many rows stays in training
+            taken.update(groups[key])
     if len(taken) >= len(examples):
         raise DataError(
             f"{data.train}: cannot split off {target} {part} rows from {len(examples)} rows with {len(groups)} "

@@ -22,6 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from raylora.base.architecture import position_limit
 from raylora.data.rows import IGNORE
 from raylora.evaluate.dense import dense_copies
 from raylora.run.activity import tell
@@ -108,7 +109,8 @@ def _check_drafts(
 ) -> list[list[int]]:
     """Return how a model's own answers begin: the tokens of the draft that it would choose itself, and one more."""
     one_more = [0]  # whatever it is: its place shows which token the model would choose after the whole draft
-    rows = [[*prompt, *draft, *one_more] for prompt, draft in zip(prompts, drafts, strict=True)]
+    n_positions = position_limit(model.config)
+    rows = [[*prompt, *draft, *one_more][:n_positions] for prompt, draft in zip(prompts, drafts, strict=True)]
     labels = [[IGNORE] * len(prompt) + row[len(prompt) :] for prompt, row in zip(prompts, rows, strict=True)]
     part = datasets.Dataset.from_dict({"input_ids": rows, "labels": labels})
     chosen = likeliest_tokens(model, part, batch_size=MAX_PROMPTS, pad_token_id=model.generation_config.pad_token_id)
@@ -162,11 +164,19 @@ def _continue(
     counter: StoppingCriteria,
     n_prompts: int,
 ) -> list[list[int]]:
-    """Return the tokens that a model generates after each prompt, `n_prompts` at once."""
-    answers = []
+    """Return the tokens that a model generates after each prompt, `n_prompts` at once.
+
+    An answer ends where a base such as GPT-2 has no position for a further token.
+    """
+    answers: list[list[int]] = []
+    n_positions = position_limit(model.config)
     for start in range(0, len(prompts), n_prompts):
         part = prompts[start : start + n_prompts]
         width = max(map(len, part))
+        room = max_new_tokens if n_positions is None else n_positions + 1 - width  # the last token needs no position
+        if room < max_new_tokens and len(part) > 1:  # the shorter ones have more room
+            answers += _continue(model, part, max_new_tokens, counter, 1)
+            continue
         input_ids = torch.full((len(part), width), model.generation_config.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(part):
@@ -175,7 +185,7 @@ def _continue(
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room),
             stopping_criteria=StoppingCriteriaList([counter]),
         )
         answers += output[:, width:].tolist()

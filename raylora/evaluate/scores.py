@@ -141,8 +141,11 @@ def reference_columns(references: list[list[str]]) -> list[list[str | None]]:
 
 
 def _number(text: str, pattern: str) -> float | None:
-    """Return the number in the last match of the pattern, or None. Ignore thousands separators and dollar signs."""
-    found = re.findall(pattern, text)
+    """Return the number in the first group of the pattern's last match, or None.
+
+    Thousands separators and dollar signs are ignored.
+    """
+    found = [match[1] or "" for match in re.finditer(pattern, text)]
     try:
         return float(found[-1].strip().replace(",", "").replace("$", "").rstrip(".")) if found else None
     except ValueError:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from raylora.base.locate import find_checkpoint, is_gguf
+from raylora.base.architecture import position_limit
+from raylora.base.locate import find_checkpoint, is_gguf, load_model_config
 from raylora.base.serving import ServingFiles
 from raylora.config.load import build_merge_config, change_config
 from raylora.data.of_run import data_of_run
@@ -162,8 +163,11 @@ def _make_job(base: str, adapter: Path, output: Path, overrides: dict[str, str])
     base_model = resized_base(config.base_model, adapter, cache_dir)
     tokens_dir = None
     if config.data is not None:
-        serving = ServingFiles.of_adapter(adapter, base_model, find_checkpoint(base_model, cache_dir))
-        tokens_dir = prepare_data(config.data, serving.tokenizer, cache_dir).tokens_dir
+        checkpoint = find_checkpoint(base_model, cache_dir)
+        serving = ServingFiles.of_adapter(adapter, base_model, checkpoint)
+        prepared = prepare_data(config.data, serving.tokenizer, cache_dir)
+        prepared.check_positions(config.data, position_limit(load_model_config(base_model, checkpoint)))
+        tokens_dir = prepared.tokens_dir
     forms = config.merge.formats
     return MergeJob(
         base=base_model,

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from raylora.base.architecture import Architecture
+from raylora.base.architecture import Architecture, position_limit
 from raylora.base.load import compute_dtype, is_quantized
 from raylora.base.locate import check_directory, find_checkpoint, is_hub_id, load_model_config, load_tokenizer
 from raylora.config.schema import BaseModelSection, SearchConfig
@@ -99,6 +99,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
     adapted = [architecture.adapted(setting) for setting in config.extremes("target_modules")]
     tokenizer = load_tokenizer(config.base_model, checkpoint)
     data = prepare_data(config.data, tokenizer, cache_dir)
+    data.check_positions(config.data, position_limit(model_config))
     device = "cuda:0" if on_gpu else "cpu"
     r = max(config.extremes("r"))
     r = RANK_MULTIPLE * math.ceil(r / RANK_MULTIPLE) if on_gpu else r
@@ -107,7 +108,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         architecture,
         n_adapter_parameters=max(adapter_parameters(shapes, r) for shapes in adapted),
         rows=max(config.extremes("per_device_train_batch_size")),
-        length=min(config.data.max_length, max(part.length_max for part in data.summaries.values())),
+        length=data.longest(config.data),
         dtype_bytes=compute_dtype(config.base_model, device).itemsize,
         nf4=config.base_model.quantization == "nf4" or is_quantized(model_config),
         double_quant=config.base_model.double_quant,
@@ -125,6 +126,7 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
         n_adapter_parameters=max(adapter_parameters(shapes, max(config.extremes("r"))) for shapes in adapted),
         hidden_size=text.hidden_size,
         model_type=text.model_type,
+        n_positions=getattr(text, "max_position_embeddings", None),
     )
     return Plan(
         config=config,
@@ -252,9 +254,11 @@ def plan_threads(devices: Devices, n_lanes: int) -> int:
 
 
 def max_steps(config: SearchConfig, data: PreparedData) -> int:
-    """Return the full budget of a trial in optimizer steps."""
+    """Return the full budget of a trial in optimizer steps.
+
+    `num_train_epochs` are those of a trial with the largest steps, if the space varies their rows.
+    """
     training = config.training
     if training.max_steps is not None:
         return training.max_steps
-    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return math.ceil(training.num_train_epochs * data.summaries["train"].rows / rows_per_step)
+    return math.ceil(training.num_train_epochs * data.summaries["train"].rows / config.rows_per_step()[1])

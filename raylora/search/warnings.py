@@ -28,6 +28,7 @@ def warnings(
     n_adapter_parameters: int,
     hidden_size: int,
     model_type: str,
+    n_positions: int | None,
 ) -> list[str]:
     """Return a sentence for each thing that will disappoint.
 
@@ -38,11 +39,21 @@ def warnings(
         n_adapter_parameters: of the largest adapter.
         hidden_size: of the base.
         model_type: transformers' name of the base's architecture.
+        n_positions: tokens of the longest text that the base was made for; None if it does not say.
     """
     train, validation = data.summaries["train"], data.summaries["validation"]
     found = [*_of_rungs(config, rungs), *_of_learning_rate(config, hidden_size, model_type)]
     if validation.rows < FEW_ROWS:
         found.append(f"{validation.rows} validation rows are few: their mean loss may rank trials by chance")
+    if n_positions is not None and data.longest(config.data) > n_positions:
+        found.append(f"rows are longer than the {n_positions} tokens that the base was made for; lower data.max_length")
+    fewest, most = config.rows_per_step()
+    if config.training.max_steps is None and fewest < most:
+        low, high = (rows * rungs[-1] / train.rows for rows in (fewest, most))
+        found.append(
+            f"a step takes {fewest} to {most} rows, so that {rungs[-1]} steps are {low:.2g} to {high:.2g} epochs; "
+            "training.max_steps sets the budget"
+        )
     if train.n_long > FEW_CUT * train.rows:
         found.append(f"{train.n_long} of {train.rows} training rows are cut; raise data.max_length")
     lines = [f"warning: {text}" for text in found]

@@ -16,6 +16,8 @@ def test_the_default_and_shipped_files_are_found_by_name(tmp_path: Path, monkeyp
     (tmp_path / "demo.yaml").touch()
     assert find_space(Path("demo.yaml")) == Path("demo.yaml")  # the user's own comes first
     assert find_space(Path("none.yaml")) == Path("none.yaml")  # which is then said not to exist
+    assert find_space(Path("search_spaces/smoke.yaml")) == ROOT / "search_spaces" / "smoke.yaml"
+    assert find_space(Path("experiments/demo.yaml")) == Path("experiments/demo.yaml")  # not ours of that name
 
 
 def test_an_installed_wheel_finds_them_beside_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from raylora.config.assignment import Schedule
-from raylora.config.load import RENAMED, build_config, dump_config, load_config
+from raylora.config.load import RENAMED, build_config, change_config, dump_config, load_config
 from raylora.config.optimizers import OPTIMIZERS
 from raylora.errors import ConfigError
 
@@ -62,6 +62,55 @@ def test_the_resolved_config_loads_to_the_same_config() -> None:
     assert build_config(yaml.safe_load(dump_config(config)), source="again") == config
 
 
+def test_the_cases_of_a_resolved_config_are_still_numbers_and_booleans(tmp_path: Path) -> None:
+    dropout = "{depends_on: r, cases: {2: 0.0, 4: {uniform: [0, 0.1]}}}"
+    decay = "{depends_on: use_rslora, cases: {true: 0.1, false: 0.0}}"
+    rslora = "{choice: [true, false]}"
+    config = load_config(
+        SMOKE,
+        {
+            "space.r": "{choice: [2, 4]}",
+            "space.lora_dropout": dropout,
+            "space.use_rslora": rslora,
+            "space.weight_decay": decay,
+            "starting_points": "[]",
+        },
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    changed = change_config(config, {"search.n_trials": "5"})
+    assert changed.space == config.space and changed.search.n_trials == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "typed", "value"),
+    [
+        ("evaluation.answer_pattern", "#### (.+)", "#### (.+)"),
+        ("evaluation.answer_pattern", "Answer: (.+)", "Answer: (.+)"),
+        ("evaluation.answer_pattern", '"answer": "(.+)"', '"answer": "(.+)"'),
+        ("evaluation.answer_pattern", "'(a)'", "(a)"),
+        ("evaluation.answer_pattern", "null", None),
+        ("data.train", "*.jsonl", "*.jsonl"),
+        ("data.train", "rows #1.jsonl", "rows #1.jsonl"),
+        ("data.subset", "no", "no"),
+        ("data.subset", "1e5", "1e5"),
+        ("data.subset", "2024-02-30", "2024-02-30"),
+        ("data.columns", "{prompt: question}", {"prompt": "question"}),
+        ("data.columns.prompt", "2", "2"),
+        ("data.chat_template_kwargs", "{date: 2024-07-26, x: no}", {"date": "2024-07-26", "x": False}),
+        ("training.max_steps", "null", None),
+    ],
+)
+def test_texts_are_taken_as_they_are_typed(key: str, typed: str, value: object, tmp_path: Path) -> None:
+    config = load_config(SMOKE, {key: typed})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    for one in (config, load_config(tmp_path / "config.yaml")):
+        section, name = key.split(".")[:2]
+        found = getattr(getattr(one, section), name)
+        found = found["prompt"] if key.endswith(".prompt") else found
+        assert found == value or (name == "train" and Path(found).name == value)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -80,6 +129,10 @@ def test_the_resolved_config_loads_to_the_same_config() -> None:
         ("space.learning_rate", "-1e-4", r"space\.learning_rate = -0\.0001: must be greater than 0"),
         ("space.learning_rat", "1e-4", r"space\.learning_rat: unknown parameter; did you mean learning_rate\?"),
         ("space", "{}", r"space: must name r, lora_alpha, lora_dropout, learning_rate, found nothing"),
+        ("space.r", "{uniform: [2, 8]}", r"space\.r: takes whole numbers; draw them by `int` or `logint`"),
+        ("space.learning_rate", "'2e-4'", r"must be a number, found text '2e-4'; leave the quotes out"),
+        ("space.lora_alpha", "{choice: [1], times: [r]}", r"space\.lora_alpha\.times: must be the name of a parameter"),
+        ("space.lora_dropout", "{depends_on: [r], cases: {2: 0.1}}", r"lora_dropout\.depends_on: must be the name of"),
         ("space", "{r: 8}", r"space\.lora_alpha: required, but not given"),
         ("search.sampler", "grid", r"space\.lora_dropout: sampler grid needs values or choices"),
         ("report_to", "mlfow", r"report_to\.0 = 'mlfow': must be 'tensorboard', 'mlflow', 'wandb' or 'trackio'"),
@@ -112,6 +165,9 @@ def test_a_missing_or_broken_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="is not valid YAML"):
         load_config(tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_bytes("a: ä".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml is not UTF-8: byte 0xe4; save it as UTF-8"):
+        load_config(tmp_path / "latin.yaml")
 
 
 def test_rungs_grow_by_the_reduction_factor_up_to_the_budget() -> None:

@@ -260,22 +260,39 @@ def test_control_tokens_in_content_are_text(role: str, plain: PreTrainedTokenize
     assert tokenizer.decode(row["input_ids"]).count(forged) == 1
 
 
+def test_a_spelt_call_that_is_none_names_row_and_message(plain: PreTrainedTokenizerBase) -> None:
+    plain.chat_template = "{% for message in messages %}{{ message.tool_calls }}{% endfor %}"
+    for arguments in ("weather in Paris", ["a"]):
+        call = json.dumps({"name": "f", "arguments": arguments})
+        spelt = {"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"}
+        with pytest.raises(DataError, match=r"message 2: arguments .*must be"):
+            encoded(conversation(QUESTION, spelt), plain)
+
+
+def test_a_template_that_demands_a_system_message_stops_at_eos(plain: PreTrainedTokenizerBase) -> None:
+    plain.chat_template = "{{ raise_exception('no system message') if messages[0].role != 'system' }}" + CHATML
+    assert stop_token_ids(plain) == [plain.eos_token_id]
+    system = {"role": "system", "content": "be brief"}
+    (row,) = encoded(conversation(system, QUESTION, ANSWER), plain)
+    assert plain.decode(row["input_ids"]).endswith("three<|im_end|>\n")
+
+
 def test_chatml_ends_turns_in_a_token_that_the_base_has(plain: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     data = DataSection(train="x", chat_template="chatml")
-    set_chat_template(data, "messages", plain)
+    set_chat_template(data, "messages", plain, has_conversations=True)
     assert plain.chat_template == CHATML
     plain.save_pretrained(tmp_path)
     for file in tmp_path.glob("*.json"):
         file.write_text(file.read_text(encoding="utf-8").replace("<|im_end|>", "<|other|>"), encoding="utf-8")
     bare = AutoTokenizer.from_pretrained(tmp_path)
-    set_chat_template(data, "messages", bare)
+    set_chat_template(data, "messages", bare, has_conversations=True)
     assert trained(encoded(conversation(QUESTION, ANSWER), bare), bare) == ["three</s>\n"]
     assert stop_token_ids(bare) == [bare.eos_token_id]
 
 
 def test_alpaca_rows_are_stanfords_prompts_and_use_system_and_history(plain: PreTrainedTokenizerBase) -> None:
     row = {"instruction": "add", "input": "1 1", "output": "2"}
-    set_chat_template(DataSection(train="x"), "alpaca", plain)
+    set_chat_template(DataSection(train="x"), "alpaca", plain, has_conversations=True)
     assert plain.chat_template == ALPACA
     (encoded_row,) = encoded(row, plain)
     assert plain.decode(encoded_row["input_ids"]) == (

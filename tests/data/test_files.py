@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 from raylora.config import DataSection
 from raylora.data import prepare_data
 from raylora.data.examples import Conversation
-from raylora.data.files import read_file
+from raylora.data.files import file_type, read_file
 from raylora.data.formats import to_examples
 from raylora.data.read import hub_split, is_hub_source, read_rows
 from raylora.data.split import read_parts
@@ -84,6 +85,60 @@ def test_csv_values_are_text_with_their_line_breaks(tmp_path: Path) -> None:
 def test_delimiters_are_told_from_the_header(name: str, delimiter: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(f'prompt{delimiter}completion\n"q"{delimiter}1\n')
     assert read_file(str(tmp_path / name)) == {1: {"prompt": "q", "completion": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pandas.csv", ",prompt,completion\n0,q0,a0\n1,q1,a1\n"),  # with its index
+        ("excel.csv", "prompt,completion,\nq0,a0,\nq1,a1,\n"),
+        ("pandas.tsv", "\tprompt\tcompletion\n0\tq0\ta0\n1\tq1\ta1\n"),
+        ("spaced.csv", 'prompt, completion\n"q0", "a0"\nq1, a1\n'),
+        ("blank.csv", "\r\n\nprompt,completion\nq0,a0\nq1,a1\n"),
+    ],
+)
+def test_headers_of_pandas_excel_and_people_are_read(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    assert rows_of(str(tmp_path / name)) == [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(2)]
+
+
+def test_a_space_that_opens_a_value_stays(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion\nq0, a0\n")
+    assert rows_of(str(tmp_path / "rows.csv")) == [{"prompt": "q0", "completion": " a0"}]
+
+
+def test_a_csv_without_a_header_says_so(tmp_path: Path) -> None:
+    for content in ("sep=;", "sep=;\n", ",,\n1,2,3\n"):
+        (tmp_path / "rows.csv").write_text(content)
+        with pytest.raises(DataError, match=r"rows\.csv:1: each column needs a name"):
+            rows_of(str(tmp_path / "rows.csv"))
+
+
+def test_a_json_file_of_one_row_may_hold_other_lists(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}], "tags": ["x"]}
+    for one in (row, {"instruction": "add", "output": "2", "tags": [{"name": "x"}]}):
+        (tmp_path / "row.json").write_text(json.dumps(one))
+        assert rows_of(str(tmp_path / "row.json")) == [one]
+
+
+def test_the_query_of_a_url_is_not_its_file_type() -> None:
+    assert file_type("https://x.org/a/rows.jsonl.gz?download=true") == ".jsonl"
+    assert file_type("https://x.org/rows.csv#top") == ".csv"
+    assert file_type("odd?name.jsonl") == ".jsonl"
+
+
+def test_maps_of_parquet_are_messages(tmp_path: Path) -> None:
+    turns = [[("role", "user"), ("content", "q")], [("role", "assistant"), ("content", "a")]]
+    table = pa.table({"messages": pa.array([turns], pa.list_(pa.map_(pa.string(), pa.string())))})
+    pa.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert rows_of(str(tmp_path / "rows.parquet")) == [{"messages": [dict(turn) for turn in turns]}]
+
+
+def test_a_date_that_python_has_not_is_said_to_be_unreadable(tmp_path: Path) -> None:
+    table = pa.table({"text": ["x"], "day": pa.array([2**30], pa.date32())})
+    pa.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet is not a readable parquet file"):
+        rows_of(str(tmp_path / "rows.parquet"))
 
 
 def test_a_broken_csv_names_the_line(tmp_path: Path) -> None:
@@ -180,6 +235,19 @@ def test_columns_by_other_names_are_used(tmp_path: Path) -> None:
     wrong = data.model_copy(update={"columns": {"prompt": "query"}})
     with pytest.raises(DataError, match=r"data\.columns names query; the columns are question, answer, id"):
         read_parts(wrong)
+
+
+@pytest.mark.parametrize("kind", ["texts", "messages"])
+def test_columns_that_are_not_read_are_named_wherever_they_stand(kind: str, tmp_path: Path) -> None:
+    def said(role: str, text: str) -> Any:
+        return text if kind == "texts" else [{"role": role, "content": text}]
+
+    rows = [{"prompt": said("user", f"q{n}"), "completion": said("assistant", f"a{n}")} for n in range(20)]
+    rows[5] |= {"context": "c"}
+    rows[7] |= {"tools": [{"name": "f"}], "system": "s"}
+    (tmp_path / "rows.jsonl").write_text(lines(rows))
+    parts = read_parts(DataSection(train=str(tmp_path / "rows.jsonl")))
+    assert parts.unused_columns == {"texts": ["context", "tools", "system"], "messages": ["context"]}[kind]
 
 
 def test_nulls_of_unified_columns_are_no_values(tmp_path: Path) -> None:

@@ -61,6 +61,35 @@ def converted(row: dict, format: str = "auto") -> Example:
     return example
 
 
+def test_messages_that_csv_holds_in_pythons_notation_are_read() -> None:
+    asked, answered = {"role": "user", "content": "it's"}, {"role": "assistant", "content": 'a "b"'}
+    expected = converted({"prompt": [asked], "completion": [answered]})
+    assert converted({"prompt": str([asked]), "completion": str([answered])}) == expected
+    assert converted({"prompt": json.dumps([asked]), "completion": json.dumps([answered])}) == expected
+
+
+@pytest.mark.parametrize("completion", ['[{"from": "Paris", "to": "Rome"}]', "[{'role': 'x'}]", "[{'role'"])
+def test_an_answer_that_looks_like_messages_is_text(completion: str) -> None:
+    example = converted({"prompt": "q", "completion": completion})
+    assert isinstance(example, TextExample) and example.completion == completion
+
+
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        ("true", ("true",)),
+        ("1.50", ("1.50",)),
+        ("null", ("null",)),
+        ('[1.50, 1e5, "x", null]', ("1.50", "1e5", "x")),
+        (["a", "b"], ("a", "b")),
+        (None, ("yo",)),
+    ],
+)
+def test_references_stay_as_they_are_written(references: object, expected: tuple[str, ...]) -> None:
+    example = converted({"prompt": "q", "completion": "yo", "references": references})
+    assert isinstance(example, TextExample) and example.references == expected
+
+
 def test_each_dataset_format_is_told_from_its_columns() -> None:
     chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"})
     rows: list[dict] = [
@@ -102,6 +131,8 @@ def test_each_dataset_format_is_told_from_its_columns() -> None:
             "message 1: arguments must be JSON, found '{'",
         ),
         ([{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"type": "x"}]}], "tool 1 of `tools` has no"),
+        ([{"text": "x"}, {"prompt": "x", "completion": "y"}], "row 2 has no text"),
+        ([{"prompt": "x", "completion": "y", "references": '["\\ud83d"]'}], "row 1 is not of format .*surrogates"),
         ([{"instruction": "x", "output": "y", "history": [["a"]]}], r"history must be a list of \[question, answer\]"),
     ],
 )
@@ -141,6 +172,14 @@ def test_too_few_prompts_to_split_say_so(tmp_path: Path) -> None:
     train = write(tmp_path / "t.jsonl", [ROWS[0]] * 5)
     with pytest.raises(DataError, match="cannot split off 1 heldout rows from 5 rows with 1 different prompts"):
         read_parts(DataSection(train=train))
+
+
+def test_a_prompt_of_very_many_rows_stays_in_training(tmp_path: Path) -> None:
+    rows = [{"prompt": "the one" if n < 900 else f"q{n}", "completion": f"a{n}"} for n in range(1000)]
+    data = DataSection(train=write(tmp_path / "rows.jsonl", rows), validation_size=30, heldout_size=40)
+    for seed in range(5):
+        parts = read_parts(data.model_copy(update={"seed": seed}))
+        assert (len(parts.train), len(parts.validation), len(parts.heldout)) == (930, 30, 40)
 
 
 def test_limits_draw_rows_by_seed(tmp_path: Path) -> None:
@@ -189,13 +228,14 @@ def test_long_rows_are_counted_and_cut_or_dropped(tmp_path: Path, tiny_model: Pa
 def test_conversations_need_a_chat_template(tmp_path: Path, tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = None
-    chat = [
-        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
-        for i in range(20)
-    ]
-    data = DataSection(train=write(tmp_path / "t.jsonl", chat))
-    with pytest.raises(DataError, match=r"needs? a chat template, and the tokenizer has none; set data\.chat_template"):
-        prepare_data(data, tokenizer, tmp_path)
+    turns = [({"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}) for i in range(20)]
+    split = [{"prompt": [asked], "completion": [answered]} for asked, answered in turns]
+    for rows in (split, [{"messages": list(pair)} for pair in turns]):
+        data = DataSection(train=write(tmp_path / "t.jsonl", rows))
+        with pytest.raises(
+            DataError, match=r"need a chat template, and the tokenizer has none; set data\.chat_template"
+        ):
+            prepare_data(data, tokenizer, tmp_path)
     prepare_data(data.model_copy(update={"chat_template": "chatml"}), tokenizer, tmp_path)
     assert tokenizer.chat_template == CHATML
 

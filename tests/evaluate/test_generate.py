@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from raylora.base.load import load_base_model
 from raylora.config.schema import BaseModelSection
@@ -38,6 +45,11 @@ def test_numbers_are_compared_as_numbers() -> None:
     texts = ["so #### 1,200", "#### 3.0", "no answer", "#### 5"]
     references = [["#### 1200"], ["#### 3"], ["#### 1"], ["#### 6"]]
     assert score(texts, references, r"#### (.+)")["answer_match"] == 0.5
+
+
+def test_the_first_group_is_the_answer_whatever_groups_it_holds() -> None:
+    scores = score(["about 2.5 or 7", "none"], [["7"], ["3"]], r"(-?\d+(\.\d+)?)")
+    assert scores["answer_match"] == 0.5
 
 
 def test_agreement_counts_over_the_longer_answer() -> None:
@@ -88,6 +100,18 @@ def test_generation_stops_at_every_stop_token(tiny_model: Path) -> None:
     (ids,) = generate(model, tokenizer, prompts, stop_token_ids=[1], max_new_tokens=6, batch_size=1).token_ids
     (cut,) = generate(model, tokenizer, prompts, stop_token_ids=[1, ids[3]], max_new_tokens=6, batch_size=1).token_ids
     assert cut == ids[: ids.index(ids[3])]
+
+
+def test_an_answer_ends_where_a_base_has_no_further_position(tiny_model: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=12, n_embd=16, n_layer=1, n_head=2)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, pad_token="</s>")
+    prompts = [list(range(5, 5 + length)) for length in (3, 10, 12)]
+    options = {"stop_token_ids": [1], "max_new_tokens": 6}
+    together = generate(model, tokenizer, prompts, batch_size=3, **options).token_ids
+    assert [len(ids) for ids in together] == [6, 3, 1]  # the last token needs no position
+    assert generate(model, tokenizer, prompts, batch_size=1, **options).token_ids == together
+    assert generate(model, tokenizer, prompts, batch_size=3, drafts=together, **options).token_ids == together
 
 
 def test_drafts_change_no_answer(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

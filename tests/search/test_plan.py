@@ -1,15 +1,28 @@
 """Lanes, slots and threads of a search, and the commits that it pins at the start."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from raylora.config.schema import SearchConfig
-from raylora.errors import ConfigError, DeviceError
+from raylora.errors import ConfigError, DataError, DeviceError
 from raylora.run.directory import RunDirectory
-from raylora.search.plan import Devices, Plan, forwarded, make_plan, pinned, plan_lanes, plan_slots, plan_threads
+from raylora.search.plan import (
+    Devices,
+    Plan,
+    forwarded,
+    make_plan,
+    max_steps,
+    pinned,
+    plan_lanes,
+    plan_slots,
+    plan_threads,
+)
 
 
 def test_a_lane_takes_as_many_trials_as_fill_a_pass_and_one_more(
@@ -30,6 +43,32 @@ def test_a_lane_takes_as_many_trials_as_fill_a_pass_and_one_more(
     assert slots(trials_per_gpu=1) == 1
     assert slots(trials_per_gpu=50) == 27
     assert slots(engine="trl") == 1
+
+
+def test_epochs_are_those_of_the_batches_that_the_space_names(make_config: Callable[..., SearchConfig]) -> None:
+    data = SimpleNamespace(summaries={"train": SimpleNamespace(rows=96)})
+    space = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "learning_rate": 1e-3}
+    for changes, expected in (
+        ({}, 48),  # two rows a step, by the training section
+        ({"per_device_train_batch_size": 16}, 6),
+        ({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 3}, 2),
+        ({"per_device_train_batch_size": {"choice": [4, 16]}}, 6),  # no trial sees a row twice
+    ):
+        config = make_config(space={**space, **changes}, training={"max_steps": None})
+        assert max_steps(config, data) == expected  # type: ignore[arg-type]
+
+
+def test_rows_longer_than_the_positions_of_a_base_are_refused(
+    make_config: Callable[..., SearchConfig], tiny_model: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    folder = shutil.copytree(tiny_model, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*.safetensors", "*.json"))
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    config = GPT2Config(vocab_size=300, n_positions=8, n_embd=64, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    search = make_config(base_model={"name": str(folder)})
+    with pytest.raises(DataError, match=r"tokens, and the base has positions for 8; set data\.max_length to 8"):
+        make_plan(search, RunDirectory(tmp_path / "run"), Devices(n_gpus=0, n_cpus=2, node_cpus=2, where="here"))
 
 
 def test_lanes_are_as_many_as_devices_and_never_more(make_config) -> None:

@@ -16,20 +16,24 @@ from tests.search.test_forecast import history_of, state_of
 
 FAR_RATES = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "learning_rate": {"loguniform": [1e-2, 1e-1]}}
 
+TWO_BATCHES = {**FAR_RATES, "learning_rate": 5e-4, "per_device_train_batch_size": {"choice": [4, 8]}}
+
 
 @pytest.fixture
 def of(make_config: Callable[..., SearchConfig], tmp_path: Path) -> Callable[..., list[str]]:
     """Returns the warnings of a search on tiny rows, of which each test breaks one thing."""
 
-    def warn(rungs: list[int] = [40, 120], n_adapter_parameters: int = 1, **sections: Any) -> list[str]:  # noqa: B006
+    def warn(rungs: tuple[int, ...] = (40, 120), **changes: Any) -> list[str]:
+        shape = {"n_adapter_parameters": 1, "hidden_size": 2000, "model_type": "llama", "n_positions": 256}
+        shape |= {name: changes.pop(name) for name in shape.keys() & changes.keys()}
+        sections = changes
         sections = {"data": {"validation_size": 30, "heldout_size": 8, **sections.pop("data", {})}, **sections}
         sections = {"search": {"n_trials": 9, **sections.pop("search", {})}, **sections}
         config = make_config(**sections)
         data: PreparedData = prepare_data(
             config.data, load_tokenizer(config.base_model, config.base_model.name), tmp_path
         )
-        shape = {"hidden_size": 2000, "model_type": "llama"}
-        return warnings(config, data, rungs, n_adapter_parameters=n_adapter_parameters, **shape)
+        return warnings(config, data, list(rungs), **shape)  # type: ignore[arg-type]
 
     return warn
 
@@ -46,6 +50,11 @@ def test_a_search_that_can_tell_trials_apart_is_not_warned_of(of: Callable[..., 
         ({"data": {"validation_size": 8}}, "8 validation rows are few"),
         ({"space": FAR_RATES}, "from 0.01 to 0.1 are far from the published"),
         ({"data": {"max_length": 12}}, "training rows are cut; raise data.max_length"),
+        ({"n_positions": 8}, "rows are longer than the 8 tokens that the base was made for"),
+        (
+            {"training": {"max_steps": None}, "space": TWO_BATCHES},
+            "a step takes 4 to 8 rows, so that 120 steps are 18 to 37 epochs; training.max_steps sets the budget",
+        ),
         ({"n_adapter_parameters": 10**6}, "note: the largest adapter has 1,000,000 parameters"),
     ],
 )
