@@ -6,6 +6,16 @@ from typing import Any
 from raylora.config.assignment import hint
 from raylora.config.optimizers import OPTIMIZERS
 
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Attention by its names in transformers 5.23."""
+
+
+def known_attention(name: str) -> str:
+    """Return the name of an attention of transformers, or of a kernel of the Hub, `owner/name`."""
+    if name not in ATTENTION and "/" not in name:
+        raise ValueError(f"unknown attention {name}{hint(name, ATTENTION)}")
+    return name
+
 
 def known_optimizer(name: str) -> str:
     """Return the name of an optimizer of transformers."""

@@ -8,7 +8,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from raylora.config.assignment import Schedule
 from raylora.config.kinds import corners
-from raylora.config.rules import known_optimizer, local_path, pattern_with_group, share_or_count, split_names
+from raylora.config.rules import (
+    known_attention,
+    known_optimizer,
+    local_path,
+    pattern_with_group,
+    share_or_count,
+    split_names,
+)
 from raylora.config.space import SearchSpace, parse_space
 from raylora.errors import ConfigError
 
@@ -37,7 +44,7 @@ class BaseModelSection(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of activations and dequantized weights; `auto` is bfloat16 on a GPU and float32 on a CPU."""
 
-    attn_implementation: str | None = None
+    attn_implementation: Annotated[str, AfterValidator(known_attention)] | None = None
     """Attention by its name in transformers, e.g. `sdpa` or `flash_attention_2`; None is transformers' default."""
 
     trust_remote_code: bool = False

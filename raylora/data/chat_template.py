@@ -93,9 +93,13 @@ def _fitted(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _from_file(path: Path) -> str:
     """Read a Jinja file."""
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError:  # a name of more characters than a file can have
+        is_file = False
+    if not is_file:
         names = ", ".join(f"`{name}`" for name in (*NAMED, "tokenizer"))
-        raise DataError(f"data.chat_template must be {names} or a Jinja file, found {path}")
+        raise DataError(f"data.chat_template must be {names} or a Jinja file, found {str(path)[:60]}")
     try:
         text = path.read_text(encoding="utf-8")
         # `generation` is a tag of transformers' own

@@ -237,21 +237,14 @@ def _calls(turn: Message) -> list[dict[str, Any]]:
 
 
 def _spelt_calls(content: Any) -> list[dict[str, Any]]:
-    """Return the tool calls that are the content of a turn: one, a list, or one a line; empty if it has tags.
-
-    Raises:
-        ValueError: it is no call.
-    """
+    """Return the tool calls that are the content of a turn: one, a list, or one a line; empty if it is no call."""
     if isinstance(content, str):
-        if "<tool_call>" in content:
-            return []  # `split_tool_calls` reads them
         lines = [read_notation(line) for line in content.splitlines() if line.strip()]
         read = read_notation(content)
         content = read if read is not None else lines
     calls = content if isinstance(content, list) else [content]
-    if not calls or not all(isinstance(call, dict) and call.keys() & {"name", "function"} for call in calls):
-        raise ValueError("a tool call must be JSON with `name` and `arguments`")
-    return [_call(call) for call in calls]
+    are_calls = all(isinstance(call, dict) and call.keys() & {"name", "function"} for call in calls)
+    return [_call(call) for call in calls] if are_calls else []
 
 
 def _call(call: Any) -> dict[str, Any]:

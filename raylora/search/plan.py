@@ -18,6 +18,7 @@ from raylora.errors import BaseModelError, ConfigError, DeviceError
 from raylora.run.directory import RunDirectory
 from raylora.search.warnings import warnings
 from raylora.training.memory import MemoryEstimate, adapter_parameters, estimate_memory, tokens_per_pass
+from raylora.training.packable import check_settings
 from raylora.training.packed.engine import RANK_MULTIPLE
 
 
@@ -84,6 +85,8 @@ def make_plan(config: SearchConfig, run: RunDirectory, devices: Devices) -> Plan
     """
     on_gpu, n_lanes = plan_lanes(config, devices)
     forwarded(config.search.forward_env)
+    if config.search.engine == "packed":
+        check_settings(config)
     check_sources(config.data)  # the Hub, which may be asked next, can keep one waiting
     cache_dir = run.cache(config)
     checkpoint = find_checkpoint(config.base_model, cache_dir)

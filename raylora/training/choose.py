@@ -12,18 +12,13 @@ from raylora.config.schema import SearchConfig
 from raylora.data.rows import TokenRows, load_part
 from raylora.errors import DeviceError, PackingError
 from raylora.training.memory import MIB, USABLE, Fit, MemoryEstimate, free_memory_mib, tokens_per_pass
+from raylora.training.packable import check_settings
 from raylora.training.packed.engine import RANK_MULTIPLE, PackedEngine
 from raylora.training.packed.forward import Pack
 from raylora.training.packed.fused import MAX_RANK, has_fused_products
 from raylora.training.packed.group import has_grouped_products
 from raylora.training.packed.verify import RANKS, Reference, check_kernels, check_pack, measure_reference
 from raylora.training.trl import TrlEngine
-
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
-"""Names in transformers of AdamW with 32-bit states, the optimizer of the packed engine."""
-
-ATTENTION = (None, "sdpa")
-"""Settings of `attn_implementation` that the packed engine follows: it calls `sdpa` row by row."""
 
 
 def load_engine(
@@ -53,7 +48,7 @@ def load_engine(
     reason = None
     if config.search.engine == "auto":
         try:
-            _check_settings(config)
+            check_settings(config)
             return _pack(config, model, **options)
         except PackingError as error:
             reason = str(error)
@@ -87,7 +82,7 @@ def load_packed(
         PackingError: the settings or the model cannot be packed.
         BaseModelError: the base cannot be found or loaded.
     """
-    _check_settings(config)
+    check_settings(config)
     model = load_base_model(config.base_model, cache_dir, device)
     return _pack(config, model, tokens_dir=tokens_dir, slots=slots, memory=memory)
 
@@ -212,15 +207,3 @@ def _has_room(
         return False
     dense_mib = sum(a * b for a, b in architecture.shapes.values()) * dtype.itemsize / MIB
     return memory.total_mib(fit) - memory.base_mib + dense_mib <= USABLE * free_memory_mib(str(device))
-
-
-def _check_settings(config: SearchConfig) -> None:
-    """Check that the packed engine has what the settings ask for."""
-    if config.training.optim not in OPTIMIZERS:
-        raise PackingError(f"training.optim is {config.training.optim}, which only TRL's trainer has")
-    attention = config.base_model.attn_implementation
-    if attention not in ATTENTION:
-        raise PackingError(
-            f"base_model.attn_implementation is {attention}, which only TRL's trainer uses; leave it out to train "
-            "trials together"
-        )

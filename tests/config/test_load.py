@@ -198,6 +198,7 @@ def test_importing_config_loads_neither_torch_nor_ray() -> None:
             "training.lr_scheduler_type = 'cosin': must be 'constant', 'con",
         ),
         ("training.optim", "adamw_torhc", "training.optim: unknown optimizer adamw_torhc; did you mean adamw_torch?"),
+        ("base_model.attn_implementation", "flash_atention_2", "did you mean flash_attention_2?"),
         ("evaluation.answer_pattern", "([", r"evaluation.answer_pattern: is no regular expression: unterminated"),
         ("evaluation.answer_pattern", "x+", r"evaluation.answer_pattern: must have a group"),
         ("data.validation_size", "1.5", r"data.validation_size: must be a share below 1, or a whole number of rows"),
@@ -207,6 +208,11 @@ def test_importing_config_loads_neither_torch_nor_ray() -> None:
 def test_settings_that_would_fail_in_a_search_are_found_at_once(key: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(SMOKE, {key: value})
+
+
+def test_a_long_text_is_no_path() -> None:
+    template = "{{ messages }}" * 100
+    assert load_config(SMOKE, {"data.chat_template": template}).data.chat_template == template
 
 
 def test_every_optimizer_and_schedule_is_one_of_transformers() -> None:

@@ -39,11 +39,14 @@ def test_several_calls_of_a_turn_stand_in_a_list_or_on_lines() -> None:
         assert answer({"from": "function_call", "value": spelt})["tool_calls"] == [OURS, OURS]
 
 
+@pytest.mark.parametrize("text", ["{}", "call f", '{"a": 0}', "[1]"])
+def test_a_call_without_a_name_is_text(text: str) -> None:
+    assert answer({"from": "function_call", "value": text}) == {"role": "assistant", "content": text}
+
+
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
-        ({"from": "function_call", "value": "call f with a = 0"}, "message 2: a tool call must be JSON with `name`"),
-        ({"from": "function_call", "value": '{"a": 0}'}, "message 2: a tool call must be JSON with `name`"),
         (
             {"role": "assistant", "content": [{"text": "Looking."}, {"toolUse": {"name": "f"}}]},
             r"message 2: content must be text or a list of parts, found \[\{'text'",
