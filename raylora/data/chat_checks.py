@@ -46,7 +46,8 @@ def check_context(source: str, messages: dict[int, Message], tools: tuple[dict[s
     for tool in tools:
         function = tool["function"]
         parameters = function.get("parameters", {})
-        names = parameters.get("properties") or (parameters if "type" not in parameters else {})
+        properties = parameters.get("properties")
+        names = properties if isinstance(properties, dict) else parameters if "type" not in parameters else {}
         pieces[f"the tool {function['name']} of `tools`"] = [function["name"], function.get("description", ""), *names]
     if dropped := _dropped(pieces, text):
         raise DataError(f"{source}: the chat template drops {dropped}")

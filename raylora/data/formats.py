@@ -11,7 +11,16 @@ from typing import Any
 
 from raylora.data.examples import Conversation, Example, TextExample
 from raylora.data.files import OnBadRow, Row, Rows, bad_row_to
-from raylora.data.messages import ROLES, Message, read_notation, to_messages, to_tools, without_nulls
+from raylora.data.messages import (
+    ROLES,
+    Message,
+    is_empty_cell,
+    parsed,
+    read_notation,
+    to_messages,
+    to_tools,
+    without_nulls,
+)
 from raylora.errors import DataError
 
 COLUMNS = {
@@ -60,6 +69,7 @@ def to_examples(rows: Rows, format: str, *, source: str, on_bad_row: OnBadRow = 
     for number, row in rows.items():
         where = f"{source}: row {number}"
         with bad_row_to(on_bad_row):
+            row = {column: value for column, value in row.items() if not is_empty_cell(value)}
             missing = [column for column in COLUMNS[format] if row.get(column) is None]
             if missing:
                 raise DataError(f"{where} has no {', '.join(missing)}; its columns: {', '.join(row)}")
@@ -168,8 +178,9 @@ def _from_conversations(row: Row, where: str) -> Conversation:
 def _from_alpaca(row: Row, where: str) -> Conversation:
     """Convert a row of `instruction`, `input` and `output`, with `system` and `history` if given."""
     asked, given = _text(row["instruction"], "instruction"), _text(row.get("input") or "", "input")
-    history = row.get("history") or []
-    history = json.loads(history) if isinstance(history, str) else history
+    history = parsed(row.get("history"), "history") or []
+    if not isinstance(history, list):
+        raise TypeError(f"history must be a list of [question, answer], found {history!r:.60}")
     turns = [turn for pair in history for turn in _history(pair)]
     turns.append({"role": "user", "content": f"{asked}\n\n### Input:\n{given}" if given else asked})
     turns.append({"role": "assistant", "content": _text(row["output"], "output")})
@@ -202,8 +213,7 @@ def _conversation(row: Row, messages: tuple[Message, ...], trained: tuple[bool, 
     if not any(trained):
         raise ValueError("a conversation needs an assistant message to train on")
     end = len(trained) - trained[::-1].index(True)
-    kwargs = row.get("chat_template_kwargs") or {}
-    kwargs = without_nulls(json.loads(kwargs) if isinstance(kwargs, str) else kwargs) or {}
+    kwargs = without_nulls(parsed(row.get("chat_template_kwargs"), "chat_template_kwargs")) or {}
     if not isinstance(kwargs, dict):
         raise TypeError(f"chat_template_kwargs must be a mapping, found {kwargs!r:.60}")
     return Conversation(

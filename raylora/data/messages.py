@@ -62,7 +62,7 @@ def to_messages(turns: Any) -> tuple[tuple[Message, ...], tuple[bool, ...]]:
         ValueError: a turn breaks a rule; the message names the turn, counted from 1.
         TypeError: it is no list of messages.
     """
-    turns = _parsed(turns, "a conversation")
+    turns = parsed(turns, "a conversation")
     if isinstance(turns, dict):
         turns = _from_lists(turns)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -87,16 +87,16 @@ def to_tools(tools: Any) -> tuple[dict[str, Any], ...]:
     Raises:
         ValueError: a tool has no name, or the text is no JSON.
     """
-    tools = _parsed(tools, "tools")
+    tools = parsed(tools, "tools")
     found = []
     for number, tool in enumerate([tools] if isinstance(tools, dict) else tools or [], 1):
-        tool = without_nulls(_parsed(tool, f"tool {number}"))
+        tool = without_nulls(parsed(tool, f"tool {number}"))
         tool = tool if isinstance(tool, dict) and "function" in tool else {"type": "function", "function": tool}
         function = tool["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"tool {number} of `tools` has no name: {tool!r:.60}")
         schema = function.get("parameters", function.get("input_schema", {}))  # Anthropic's name
-        parameters = _parsed(schema, f"parameters of tool {function['name']}")
+        parameters = parsed(schema, f"parameters of tool {function['name']}")
         if not isinstance(parameters, dict):
             raise TypeError(f"parameters of tool {function['name']} must be a mapping, found {parameters!r:.60}")
         function = {key: value for key, value in function.items() if key != "input_schema"}
@@ -112,6 +112,11 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def is_empty_cell(value: Any) -> bool:
+    """Return True for NaN, as which pandas writes an empty cell."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def strings(value: Any) -> Iterable[str]:
@@ -161,8 +166,10 @@ def _from_lists(turns: dict[str, Any]) -> list[Message]:
 def _to_message(turn: Message) -> Message:
     """Return a turn of any dialect as a message."""
     speaker = turn.get("role", turn.get("from"))
-    if not isinstance(speaker, str):
+    if speaker is None:
         raise ValueError(f"has neither `role` nor `from`; its keys: {', '.join(turn)}")
+    if not isinstance(speaker, str):
+        raise TypeError(f"its role must be text, found {speaker!r:.60}")
     # a template may know further roles of its own, which is checked where the template is known
     role = ROLES.get(speaker.lower(), speaker if "role" in turn else "")
     if not role:
@@ -170,7 +177,7 @@ def _to_message(turn: Message) -> Message:
     if unread := [key for key in NOT_TEXT if turn.get(key)]:
         raise ValueError(f"has {', '.join(unread)}; only text can be trained on, and tools stand beside the messages")
     said = next((turn[key] for key in ("content", "value", "refusal") if key in turn), None)
-    said = None if isinstance(said, float) and math.isnan(said) else said  # an empty cell of pandas
+    said = None if is_empty_cell(said) else said
     calls = _calls(turn)
     if speaker.lower() in CALLERS and not calls and (spelt := _spelt_calls(said)):
         calls, said = spelt, ""
@@ -230,7 +237,7 @@ def _part_texts(value: Any) -> list[str]:
 
 def _calls(turn: Message) -> list[dict[str, Any]]:
     """Return the tool calls of a turn, each with its arguments as a mapping."""
-    calls = _parsed(turn.get("tool_calls"), "tool_calls") or []
+    calls = parsed(turn.get("tool_calls"), "tool_calls") or []
     if turn.get("function_call"):
         calls = [*calls, turn["function_call"]]
     return [_call(call) for call in calls]
@@ -249,14 +256,14 @@ def _spelt_calls(content: Any) -> list[dict[str, Any]]:
 
 def _call(call: Any) -> dict[str, Any]:
     """Return one tool call in OpenAI's form."""
-    call = _parsed(call, "tool call")
+    call = parsed(call, "tool call")
     if not isinstance(call, dict):
         raise TypeError(f"a tool call must be a mapping, found {call!r:.60}")
     call = call if "function" in call else {"function": call}
-    function = _parsed(call["function"], "function")
+    function = parsed(call["function"], "function")
     if not isinstance(function, dict) or "name" not in function:
         raise ValueError(f"a tool call has no name: {call!r:.60}")
-    arguments = _parsed(function.get("arguments", function.get("parameters", {})), "arguments") or {}
+    arguments = parsed(function.get("arguments", function.get("parameters", {})), "arguments") or {}
     if not isinstance(arguments, dict):
         raise TypeError(f"arguments of the tool call {function['name']} must be a mapping, found {arguments!r:.60}")
     rest = {key: value for key, value in call.items() if key not in ("type", "function")}
@@ -274,7 +281,7 @@ def _is_trained(turn: Message) -> bool:
     return True
 
 
-def _parsed(value: Any, what: str) -> Any:
+def parsed(value: Any, what: str) -> Any:
     """Return a value; parse it if it is text."""
     if not isinstance(value, str):
         return value

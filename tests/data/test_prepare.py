@@ -1,6 +1,7 @@
 """Reading, dataset formats and splits, with the message of each thing that can be wrong with a file."""
 
 import json
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -133,6 +134,13 @@ def test_each_dataset_format_is_told_from_its_columns() -> None:
         ([{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"type": "x"}]}], "tool 1 of `tools` has no"),
         ([{"text": "x"}, {"prompt": "x", "completion": "y"}], "row 2 has no text"),
         ([{"prompt": "x", "completion": "y", "references": '["\\ud83d"]'}], "row 1 is not of format .*surrogates"),
+        ([{"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": math.nan}], "row 2 has no completion"),
+        ([{"messages": [{"role": 3, "content": "x"}]}], "message 1: its role must be text, found 3"),
+        ([{"instruction": "x", "output": "y", "history": "a"}], "history must be JSON, found 'a'"),
+        (
+            [{"instruction": "x", "output": "y", "history": 3}],
+            r"history must be a list of \[question, answer\], found 3",
+        ),
         ([{"instruction": "x", "output": "y", "history": [["a"]]}], r"history must be a list of \[question, answer\]"),
     ],
 )
