@@ -18,6 +18,9 @@ Message = dict[str, Any]
 CALLERS = ("function_call", "tool_call")
 """Speakers whose turn is a tool call, spelt as JSON."""
 
+ARGUMENTS = ("arguments", "parameters", "input", "args")
+"""Keys of a tool call's arguments: of OpenAI, of Llama 3, of Anthropic, and of LangChain."""
+
 ROLES = {
     **dict.fromkeys(("user", "human", "input"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard", "output"), "assistant"),
@@ -202,10 +205,8 @@ def _text(content: Any, role: str) -> tuple[str, str]:
     """Return content as text, and the reasoning that its parts hold."""
     if isinstance(content, str):
         return content, ""
-    if role != "tool" and isinstance(content, dict):
-        content = [content]  # a single part
-    if isinstance(content, list):
-        content = [part for part in content if part is not None]
+    if role != "tool" and isinstance(content, dict | list):  # a single part is one too
+        content = [part for part in ([content] if isinstance(content, dict) else content) if part is not None]
     is_parts = isinstance(content, list) and all(map(_is_part, content))
     if role == "tool" and not is_parts:  # a result
         return json.dumps(content, ensure_ascii=False), ""
@@ -263,7 +264,10 @@ def _call(call: Any) -> dict[str, Any]:
     function = parsed(call["function"], "function")
     if not isinstance(function, dict) or "name" not in function:
         raise ValueError(f"a tool call has no name: {call!r:.60}")
-    arguments = parsed(function.get("arguments", function.get("parameters", {})), "arguments") or {}
+    key = next((key for key in ARGUMENTS if key in function), None)
+    if key is None and (unread := [key for key in function if key not in ("name", "id", "type")]):
+        raise ValueError(f"a tool call has {', '.join(unread)}, and no `arguments`")
+    arguments = parsed(function.get(key, {}), "arguments") or {}
     if not isinstance(arguments, dict):
         raise TypeError(f"arguments of the tool call {function['name']} must be a mapping, found {arguments!r:.60}")
     rest = {key: value for key, value in call.items() if key not in ("type", "function")}

@@ -39,6 +39,24 @@ def test_several_calls_of_a_turn_stand_in_a_list_or_on_lines() -> None:
         assert answer({"from": "function_call", "value": spelt})["tool_calls"] == [OURS, OURS]
 
 
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])
+def test_arguments_are_read_by_any_of_their_names(key: str) -> None:
+    for call in ({"name": "f", key: {"a": 0}}, {"type": "function", "function": {"name": "f", key: '{"a": 0}'}}):
+        assert answer({"role": "assistant", "content": None, "tool_calls": [call]})["tool_calls"] == [OURS]
+
+
+def test_a_call_whose_arguments_have_another_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="message 2: a tool call has payload, and no `arguments`"):
+        answer({"role": "assistant", "content": None, "tool_calls": [{"name": "f", "payload": {"a": 0}}]})
+    bare = answer({"role": "assistant", "content": None, "tool_calls": [{"id": "1", "name": "f"}]})
+    assert bare["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_nulls_in_a_tools_result_stay() -> None:
+    said = to_messages([ASKED, {"role": "tool", "content": [None, 3]}])[0][-1]
+    assert said["content"] == "[null, 3]"
+
+
 @pytest.mark.parametrize("text", ["{}", "call f", '{"a": 0}', "[1]"])
 def test_a_call_without_a_name_is_text(text: str) -> None:
     assert answer({"from": "function_call", "value": text}) == {"role": "assistant", "content": text}
