@@ -677,7 +677,7 @@ STAGES: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "check": (120, check),
     "products": (50, products),
     "exact": (110, exact),
-    "speed_7b": (125, speed_7b),
+    "speed_7b": (150, speed_7b),
     "speed_smollm2": (80, speed_smollm2),
     "kernels": (60, kernels),
     "speed_1b": (45, speed_1b),
