@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from raylora.cli.command import command, console, local_path, parse_overrides, run_command
+from raylora.cli.spaces import find_space
 from raylora.config.load import load_config
+from raylora.errors import ConfigError
 from raylora.run.directory import open_run
 from raylora.run.metrics import RungMetrics
 from raylora.run.state import SearchState
@@ -34,6 +36,9 @@ def trial(
     from raylora.search.sampler import Sampler  # noqa: PLC0415
     from raylora.training.trl import TrlEngine  # noqa: PLC0415
 
+    if resume_from is not None and not resume_from.is_dir():
+        raise ConfigError(f"--resume-from names no checkpoint: {resume_from} does not exist")
+    space = find_space(space)
     overrides = parse_overrides(context.args)
     if any(key.startswith("space") for key in overrides):
         overrides.setdefault("starting_points", "[]")

@@ -24,6 +24,9 @@ OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
+NOT_ALLOWED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+"""Errors of a path that a command is to read or write, and cannot."""
+
 
 def command(function: Callable[..., Any]) -> Callable[..., None]:
     """Wrap a command function: quiet libraries, and our errors as one line on standard error."""
@@ -42,6 +45,9 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
             ) from error
         except (OSError, SafetensorError) as error:
             cause = getattr(error, "cause", error)
+            if isinstance(cause, NOT_ALLOWED) and cause.filename is not None:
+                _show(f"{cause.filename}: {(cause.strerror or type(cause).__name__).lower()}")
+                raise typer.Exit(REFUSED) from error
             if not is_of_the_disk(cause):
                 raise
             _show(cause)
@@ -120,7 +126,7 @@ def console() -> Console:
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
 
 
-def _show(error: BaseException) -> None:
+def _show(error: BaseException | str) -> None:
     Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
 
 

@@ -101,6 +101,11 @@ class AdapterUpdate:
         _allocate_trained(self._model)
         set_peft_model_state_dict(self._model, tensors)
         self._base = self._model.get_base_model()
+        bare = [name for name in self.layers() if self.adds_bias(name) and not self._has_bias(name)]
+        if bare:
+            raise MergeError(
+                f"{adapter} has a bias (lora_bias) for {bare[0]}, which has none in the base; keep it unmerged"
+            )
 
     def is_transposed(self, name: str) -> bool:
         """Return True if a module stores its weight as (in_features, out_features), as GPT-2's Conv1D does."""
@@ -109,6 +114,9 @@ class AdapterUpdate:
     def adds_bias(self, name: str) -> bool:
         """Return True if the update of an adapted module has a bias of its own (`lora_bias`)."""
         return any(self._base.get_submodule(name).lora_bias.values())
+
+    def _has_bias(self, name: str) -> bool:
+        return getattr(self._base.get_submodule(name).get_base_layer(), "bias", None) is not None
 
     def embeddings(self) -> tuple[str, str]:
         """Return the names of the weights of input embeddings and output head, which a tied model shares."""

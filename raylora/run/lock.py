@@ -1,5 +1,6 @@
 """Keeps a second writer out of a run directory, and out of a cached folder while it is made."""
 
+import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -36,12 +37,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def user_of(folder: Path) -> str | None:
-    """Return the process that holds a run directory, in words; None if none does."""
+    """Return the process that holds a run directory, in words; None if none does. Reading it is enough."""
     try:
-        with FileLock(folder / LOCK, timeout=0):
-            return None
-    except Timeout:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
         return _owner(folder)
+    return None
 
 
 def made_once(directory: Path, make: Callable[[Path], None]) -> Path:

@@ -53,6 +53,19 @@ def test_a_disk_that_takes_nothing_is_one_line(
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
+def test_a_path_that_is_something_else_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    for output in ("notes.txt", "notes.txt/run"):
+        with pytest.raises(typer.Exit) as ended:
+            command((tmp_path / output).mkdir)()
+        assert ended.value.exit_code == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/notes.txt: file exists\nerror: {tmp_path}/notes.txt/run: not a directory\n"
+    )
+
+
 COMMANDS = ("search", "trial", "merge", "evaluate", "report", "compare", "export", "doctor", "init", "status")
 
 
@@ -109,6 +122,12 @@ def test_a_trial_runs_without_ray(make_config: Callable[..., SearchConfig], tmp_
     assert "assignment: r=3" in result.stdout
     assert "RungMetrics(step=9" in result.stdout
     assert (tmp_path / "run" / "trials" / "0000" / "checkpoint-9" / "adapter_model.safetensors").is_file()
+
+
+def test_a_trial_goes_on_from_a_checkpoint_that_is_there(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["trial", "smoke.yaml", "--resume-from", str(tmp_path / "none")])
+    assert done.exit_code == 2
+    assert "--resume-from names no checkpoint" in done.output
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -132,6 +132,14 @@ def test_an_adapter_that_needs_a_changed_base_is_refused(adapter: Path, tiny_mod
         AdapterUpdate(tmp_path / "pissa", AutoConfig.from_pretrained(tiny_model))
 
 
+def test_a_bias_that_the_base_has_no_place_for_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    save_adapter(plain(tiny_model), tmp_path, lora_bias=True)
+    with pytest.raises(
+        MergeError, match=r"has a bias \(lora_bias\) for model\.layers\.0\..*, which has none in the base"
+    ):
+        AdapterUpdate(tmp_path, AutoConfig.from_pretrained(tiny_model))
+
+
 def test_of_a_large_adapter_only_the_named_tensors_are_read(tmp_path: Path) -> None:
     whole = {"head": torch.ones(2, 2), "factor": torch.full((2, 2), torch.nan)}
     save_file(whole, tmp_path / "adapter_model.safetensors")

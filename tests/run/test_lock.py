@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raylora.errors import RunDirectoryError
 from raylora.run.atomic import PREFIX
-from raylora.run.lock import locked, made_once
+from raylora.run.lock import locked, made_once, user_of
 
 
 def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
@@ -26,6 +27,22 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
         raise RunDirectoryError(result.stderr)
     with locked(tmp_path):
         pass  # free again
+
+
+def test_the_holder_is_seen_by_somebody_who_may_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert user_of(tmp_path / "none") is None
+    opened: list[str] = []
+    with locked(tmp_path):
+        open_ = Path.open
+
+        def noted(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+            opened.append(mode)
+            return open_(path, mode, *args, **options)
+
+        monkeypatch.setattr(Path, "open", noted)
+        assert user_of(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
+        assert opened[0] == "rb"
+    assert user_of(tmp_path) is None
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
