@@ -4,6 +4,7 @@ Run as `python -m raylora.init [FILE] [--model NAME --data FILE ...]`; what is n
 """
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -94,7 +95,7 @@ def init(
     except ConfigError:
         file.unlink()
         raise
-    console().print(f"written: {file}\ncheck it: python -m raylora.search {file} --dry-run")
+    console().print(f"written: {file}\ncheck it: python -m raylora.search {quote(str(file))} --dry-run")
 
 
 def _quoted(value: str) -> str:

@@ -103,7 +103,7 @@ def new_folder(path: Path) -> Path:
     Raises:
         ConfigError: it is not empty.
     """
-    path = local_path(path).expanduser().resolve()
+    path = local_path(path).resolve()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(f"{path} is not empty, and nothing is overwritten; name another folder by --output")
     return path
@@ -117,7 +117,7 @@ def local_path(path: Path) -> Path:
     """
     if (url := url_of(path)) is not None:
         raise ConfigError(f"--output must be a local path, found {url}")
-    return path
+    return path.expanduser()
 
 
 def console() -> Console:

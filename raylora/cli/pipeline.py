@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import torch
 from rich.console import Console
@@ -115,7 +116,7 @@ def _search(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[]
             run_search(run, lane_settings(run, plan, broker, provide), broker, controller, views, progress.note, beat)
             screen.print(progress.summary())
     except KeyboardInterrupt:
-        screen.print(f"interrupted; everything is kept. Go on with: --output {run.location} --resume")
+        screen.print(f"interrupted; everything is kept. Go on with: --output {quote(str(run.location))} --resume")
         raise
     finally:
         with suppress(OSError):  # on a disk that takes nothing, the error before it matters

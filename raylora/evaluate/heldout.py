@@ -20,8 +20,9 @@ from raylora.evaluate.bootstrap import N_DRAWS, mean_interval, score_intervals
 from raylora.evaluate.generate import Answers, generate
 from raylora.evaluate.scores import agreement, bleu_p_value, score, score_calls, score_rows
 from raylora.merge.write import load_merged
-from raylora.run.atomic import write_json, write_text
+from raylora.run.atomic import read_json, write_json, write_text
 from raylora.run.directory import RunDirectory
+from raylora.run.state import SearchState
 from raylora.training.losses import row_losses
 
 
@@ -44,7 +45,13 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
         RunDirectoryError: there is no adapter or merged model yet.
     """
     config, provenance = run.config(), run.provenance()
-    merged_forms = [form for form in config.merge.formats if run.merged(form).is_dir()]
+    merge = read_json(run.merge_file) if run.merge_file.is_file() else {"forms": {}, "finished": None}
+    merged_forms = [form for form in merge["forms"] if run.merged(form).is_dir()]
+    if merge["finished"] is not None and merge["finished"] != [one.number for one in SearchState.load(run).finished()]:
+        raise RunDirectoryError(
+            f"{run.location} was merged before all of its trials had finished; run `python -m raylora.merge "
+            f"{run.location}` first"
+        )
     if not run.best_adapter.is_dir() or not merged_forms:
         raise RunDirectoryError(
             f"{run.location} holds no merged model yet; run `python -m raylora.merge {run.location}` first"

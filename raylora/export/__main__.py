@@ -95,7 +95,8 @@ def _merged(run: RunDirectory, form: str) -> Path:
 
     directory = run.merged(form)
     finished = [trial.number for trial in SearchState.load(run).finished()]
-    if not directory.is_dir() or read_json(run.merge_file).get("finished") != finished:
+    merge = read_json(run.merge_file) if run.merge_file.is_file() else {"forms": {}}
+    if not directory.is_dir() or form not in merge["forms"] or merge.get("finished") != finished:
         save_best_adapter(run)
         merge_run(run, {"merge.formats": str([*run.config().merge.formats, form])})
     return directory

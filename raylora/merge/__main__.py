@@ -34,6 +34,8 @@ def merge(
     run_directory, overrides = split_arguments(run_directory, context.args)
     if merge_tolerance is not None:
         overrides["merge.tolerance"] = str(merge_tolerance)
+    if run_directory is not None and (base or adapter or output):
+        raise ConfigError("the folder of a search has its own base, adapter and output; leave out one or the other")
     if run_directory is not None:
         run = existing_run(run_directory)
         with held(run, console().print):

@@ -7,6 +7,7 @@ rsLoRA, DoRA, trained biases and whole trained modules have the meaning that the
 import copy
 from collections.abc import Collection
 from pathlib import Path
+from pickle import PickleError
 
 import torch
 from huggingface_hub import snapshot_download
@@ -89,7 +90,7 @@ class AdapterUpdate:
             self._embeddings = embedding_modules(base)
             try:
                 self._model = get_peft_model(base, settings, low_cpu_mem_usage=True)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise MergeError(f"{adapter} does not fit the base: {error}") from error
         expected = get_peft_model_state_dict(self._model, save_embedding_layers=False)
         with_embeddings = get_peft_model_state_dict(self._model, save_embedding_layers=True)
@@ -203,7 +204,7 @@ def _lora_config(adapter: Path) -> LoraConfig:
     """Read an adapter's settings. Refuse those that are no LoRA, or that need a changed base."""
     try:
         settings = PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise MergeError(f"{adapter} is no adapter of peft: its adapter_config.json cannot be read") from error
     if not isinstance(settings, LoraConfig):
         raise MergeError(f"{adapter} must be a LoRA adapter, found {settings.peft_type}")
@@ -244,8 +245,10 @@ def read_tensors(adapter: Path, names: Collection[str] | None = None) -> dict[st
         else:
             stored = torch.load(adapter / WEIGHTS_NAME, weights_only=True)
             tensors = {name: tensor for name, tensor in stored.items() if names is None or name in names}
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise MergeError(f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME} that can be read: {error}") from error
+    except (OSError, SafetensorError, RuntimeError, PickleError, ValueError, LookupError, AttributeError) as error:
+        raise MergeError(
+            f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME} that can be read: {first_line(error)}"
+        ) from error
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise MergeError(f"{name} in {adapter} has values that are not finite")

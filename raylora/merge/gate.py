@@ -15,8 +15,9 @@ def check_tolerance(result: dict[str, Any]) -> None:
         MergeError: the loss of the written model is above the tolerance.
     """
     if result["passed"] is False:
+        another = ", or write a format that loses less: --merge.formats '[residual, bf16]'"
+        another = another if "nf4" in result["forms"] else ""
         raise MergeError(
             f"the merged model's validation loss is {100 * result['loss_increase']:.2f} % above the adapter's, and "
-            f"merge.tolerance is {100 * result['tolerance']:.2f} %; keep the adapter unmerged, or write a format that "
-            "loses less: --merge.formats '[residual, bf16]'"
+            f"merge.tolerance is {100 * result['tolerance']:.2f} %; keep the adapter unmerged{another}"
         )

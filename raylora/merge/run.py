@@ -21,7 +21,7 @@ from raylora.merge.job import MergeJob
 from raylora.merge.resize import resized_base
 from raylora.merge.same_base import check_same_base, write_base_file
 from raylora.merge.select import merge_adapter
-from raylora.run.atomic import PREFIX, replacing, write_json
+from raylora.run.atomic import PREFIX, read_json, replacing, write_json
 from raylora.run.directory import RunDirectory
 from raylora.run.state import SearchState
 from raylora.run.trial_row import TrialRow
@@ -44,7 +44,14 @@ def save_best_adapter(run: RunDirectory) -> TrialRow:
         raise RunDirectoryError(
             f"{run.location} holds no trial that reached the full budget, so none can be called best"
         )
-    _save_adapter(run, best, run.best_adapter)
+    assert best.checkpoint is not None  # written before its loss was reported
+    run.pull_checkpoint(best.checkpoint)
+    if (run.path / best.checkpoint).is_dir():
+        _save_adapter(run, best, run.best_adapter)
+        return best
+    merged = read_json(run.merge_file)["trial"] if run.merge_file.is_file() else None
+    if merged != best.number or not run.best_adapter.is_dir():
+        raise RunDirectoryError(f"{run.location} has lost {best.checkpoint}, the checkpoint of its best trial")
     return best
 
 
@@ -114,8 +121,27 @@ def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dic
         "merged_candidates": candidates,
         **merge_adapter(job),
     }
+    _remove_outdated(run, result)
     write_json(run.merge_file, result)
     return result
+
+
+def _remove_outdated(run: RunDirectory, result: dict[str, Any]) -> None:
+    """Remove models of other trials, and the held-out check of an earlier merge if that made other models.
+
+    Args:
+        run: the run directory.
+        result: of this merge.
+    """
+    before = read_json(run.merge_file) if run.merge_file.is_file() else {"trial": None, "forms": {}}
+    hashes = [{form: one.get("logits_sha256") for form, one in merge["forms"].items()} for merge in (before, result)]
+    is_same_trial = before["trial"] == result["trial"]
+    if not is_same_trial or any(hashes[0][form] != hashes[1][form] for form in hashes[0].keys() & hashes[1].keys()):
+        run.evaluation_file.unlink(missing_ok=True)
+        run.answers_file.unlink(missing_ok=True)
+    for form in before["forms"].keys() - result["forms"].keys():
+        if not is_same_trial:
+            shutil.rmtree(run.merged(form), ignore_errors=True)
 
 
 def _merge_leaders(run: RunDirectory, state: SearchState, job: MergeJob) -> dict[int, float]:

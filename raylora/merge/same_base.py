@@ -9,7 +9,7 @@ from peft.utils import CONFIG_NAME
 from raylora.base.checkpoint_io import fingerprint
 from raylora.base.locate import is_hub_id
 from raylora.config.schema import BaseModelSection
-from raylora.errors import MergeError
+from raylora.errors import MergeError, first_line
 from raylora.run.atomic import read_json, write_json
 
 BASE_FILE = "base.json"
@@ -48,7 +48,12 @@ def check_same_base(adapter: Path, base: BaseModelSection, checkpoint: str) -> N
                 f"has other weights (fingerprint {found})"
             )
         return
-    settings = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
+    try:
+        settings = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MergeError(f"{adapter / CONFIG_NAME} is no JSON: {first_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise MergeError(f"{adapter / CONFIG_NAME} must hold the settings of an adapter, found {settings!r:.60}")
     named = settings.get("base_model_name_or_path") or ""
     if is_hub_id(named) and is_hub_id(base.name) and _plain(named) != _plain(base.name):
         raise MergeError(

@@ -56,8 +56,12 @@ class RoundedModel:
 
     def eval_loss(self) -> float:
         """Return the validation loss in nats per token: infinity for NaN, 0 if nothing is measured."""
-        loss = self.measured.get("eval_loss", 0.0)
-        return math.inf if math.isnan(loss) else loss
+        return _comparable(self.measured.get("eval_loss", 0.0))
+
+
+def _comparable(loss: float) -> float:
+    """Return a loss: infinity for NaN."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def merge_adapter(job: MergeJob, evaluator: MergeEvaluator | None = None) -> dict[str, Any]:
@@ -70,7 +74,8 @@ def merge_adapter(job: MergeJob, evaluator: MergeEvaluator | None = None) -> dic
     Returns:
         strategy: the chosen strategy.
         base_has_original: True if 16-bit weights of the base exist.
-        loss_increase: validation loss over that of the unmerged adapter, less 1; None if nothing is measured.
+        loss_increase: largest validation loss of the models written, over that of the unmerged adapter, less 1; None if
+            nothing is measured.
         tolerance: largest accepted `loss_increase`, from `accepted_increase`.
         passed: True if `loss_increase` is within the tolerance; None if nothing is measured.
         models: `base`, `adapter` or strategy -> eval_loss (nats per token), kl_to_adapter (nats), token_agreement,
@@ -91,7 +96,10 @@ def merge_adapter(job: MergeJob, evaluator: MergeEvaluator | None = None) -> dic
         evaluator = evaluator or MergeEvaluator(job, serving.tokenizer)
         best = _choose_best(job, reader, evaluator, Path(folder))
         forms = {form: _write(form, job, reader, best, evaluator, serving) for form in job.outputs}
-    increase = best.eval_loss() / evaluator.models["adapter"]["eval_loss"] - 1 if evaluator.models else None
+    increase = None
+    if evaluator.models:
+        written = [_comparable(form["eval_loss"]) for form in forms.values() if "eval_loss" in form]
+        increase = max(written or [best.eval_loss()]) / evaluator.models["adapter"]["eval_loss"] - 1
     tolerance = accepted_increase(job.settings.tolerance, evaluator)
     return {
         "strategy": best.strategy,

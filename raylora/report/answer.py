@@ -30,7 +30,7 @@ def _winner(facts: RunFacts) -> str:
     why = ", chosen for its loss after the merge" if merged else ""
     won = "leads" if facts.unfinished() else "won"
     return (
-        f"Of {len(facts.state.trials)} trials, trial {best.number} {won}{why}: validation loss {best.eval_loss:.4g} "
+        f"Of {facts.size()}, trial {best.number} {won}{why}: validation loss {best.eval_loss:.4g} "
         f"nats per token at step {best.step}, with r {best.r}, lora_alpha {best.lora_alpha:g} and learning rate "
         f"{learning_rate(best.learning_rate)}."
     )

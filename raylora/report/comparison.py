@@ -56,7 +56,7 @@ def _row(run: RunFacts, best: float | None, name: str | None, *, losses: bool) -
     chosen, model = run.chosen, run.judged
     row: dict[str, Any] = {
         "base": public(run.config.base_model.name),
-        "trials": len(run.state.trials),
+        "trials": run.state.n_proposed(),
         "r": chosen.r if chosen else None,
         "learning rate": learning_rate(chosen.learning_rate) if chosen else None,
         "steps": run.max_steps,
@@ -70,7 +70,7 @@ def _row(run: RunFacts, best: float | None, name: str | None, *, losses: bool) -
     if name and run.evaluation:
         scores = score_row(run.evaluation, model, name)
         row |= {f"{name}{unit(name)}": scores["value"], "95 % interval": scores.get("interval")}
-    row["minutes"] = _minutes(run)
+    row["minutes"] = run.seconds / 60
     return row
 
 
@@ -134,13 +134,6 @@ def _against(loss: float | None, best: float | None) -> str | None:
     if loss is None or best is None:
         return None
     return "best" if loss == best else change(loss, best)
-
-
-def _minutes(run: RunFacts) -> float:
-    """Return the minutes from the first proposal to the last report."""
-    times = [row.reported_at for row in run.state.history]
-    began = min(trial.started_at for trial in run.state.trials.values())
-    return (max(times, default=began) - began) / 60
 
 
 def _fingerprint(run: RunFacts) -> str:

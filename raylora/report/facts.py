@@ -1,6 +1,7 @@
 """Reads what a report tells from the files of a run directory."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
 from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
+from raylora.run.events import Event, SessionStarted, read_events
 from raylora.run.state import ENDED, UNDER_WAY, SearchState
 from raylora.run.trial_row import TrialRow
 
@@ -22,10 +24,13 @@ class RunFacts:
     provenance: dict[str, Any]
     state: SearchState
     merge: dict[str, Any] | None
-    """Content of `merge.json`."""
+    """Content of `merge.json`; None if trials have finished since then."""
 
     evaluation: dict[str, Any] | None
-    """Content of `evaluation.json`."""
+    """Content of `evaluation.json`; None if `merge` is."""
+
+    seconds: float
+    """Time in which the search ran, sessions added up, without merge and check."""
 
     answers: list[dict[str, Any]]
     """Lines of `answers.jsonl`; empty if the check was made by an earlier version of raylora, or not yet."""
@@ -51,6 +56,13 @@ class RunFacts:
         """Merged model that answers are judged by: the first that was checked; empty if none was."""
         models = self.evaluation["models"] if self.evaluation else {}
         return next((name for name in models if name.startswith("merged")), "")
+
+    def size(self) -> str:
+        """Return the number of trials in words, and that of their repetitions."""
+        n_trials = self.state.n_proposed()
+        n_repetitions = len(self.state.trials) - n_trials
+        trials = f"{n_trials} trial{'s' * (n_trials != 1)}"
+        return f"{trials} and {n_repetitions} repetition{'s' * (n_repetitions != 1)}" if n_repetitions else trials
 
     def counts(self) -> str:
         """Return the number of trials in each state, in words."""
@@ -101,19 +113,36 @@ def load_facts(run: RunDirectory) -> RunFacts:
     Raises:
         RunDirectoryError: it holds no trials.
     """
-    state = SearchState.load(run)
+    events = list(read_events(run.events_file))
+    state = SearchState(events)
     if not state.trials:
         raise RunDirectoryError(f"{run.location} holds no trials yet, so there is nothing to report")
-    lines = run.answers_file.read_text(encoding="utf-8").split("\n") if run.answers_file.is_file() else []
+    merge = read_json(run.merge_file) if run.merge_file.is_file() else None
+    if merge is not None and merge.get("finished") != [trial.number for trial in state.finished()]:
+        merge = None  # of an earlier state of the search
+    is_checked = merge is not None and run.evaluation_file.is_file()
+    has_answers = is_checked and run.answers_file.is_file()
+    lines = run.answers_file.read_text(encoding="utf-8").split("\n") if has_answers else []
     return RunFacts(
         run=run,
         config=run.config(),
         provenance=run.provenance(),
         state=state,
-        merge=read_json(run.merge_file) if run.merge_file.is_file() else None,
-        evaluation=read_json(run.evaluation_file) if run.evaluation_file.is_file() else None,
+        merge=merge,
+        evaluation=read_json(run.evaluation_file) if is_checked else None,
+        seconds=_seconds(events),
         answers=[json.loads(line) for line in lines if line],
     )
+
+
+def _seconds(events: list[Event]) -> float:
+    """Return the time from the first event of each session to its last one, added up."""
+    seconds, before = 0.0, math.inf
+    for event in events:
+        if not isinstance(event, SessionStarted):
+            seconds += max(0.0, event.time - before)
+        before = event.time
+    return seconds
 
 
 def _order(trial: TrialRow) -> tuple[bool, bool, int, float]:

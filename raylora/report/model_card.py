@@ -45,7 +45,7 @@ def model_card(run: RunDirectory, form: str, name: str) -> str:
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        f"A QLoRA fine-tune of {_public(base)}, the best of {len(state.trials)} trials, as {form}.",
+        f"A QLoRA fine-tune of {_public(base)}, the best of {state.n_proposed()} trials, as {form}.",
         f"## Load\n\n```python\n{LOAD[form].format(name=name)}\n```",
         f"## Best trial\n\n{_assignment(state.trials[merge['trial']])}",
         *_results(run, merge),

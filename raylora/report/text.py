@@ -22,7 +22,7 @@ def markdown_report(facts: RunFacts, ranks: list[dict[str, Any]]) -> str:
     config, provenance, rungs = facts.config, facts.provenance, facts.provenance["rungs"]
     sections = [
         f"# {facts.run.path.name}: {config.base_model.name} on {config.data.train}",
-        f"{len(facts.trials)} trials: {facts.counts()}. Budget {rungs[-1]} steps, validated at steps "
+        f"{facts.size()}: {facts.counts()}. Budget {rungs[-1]} steps, validated at steps "
         f"{', '.join(map(str, rungs))}.\nLosses are nats per token. With plots: `report.html`.",
         *([note] if (note := facts.unfinished()) else []),
         *(textwrap.fill(f"**{name}.** {text}", WIDTH) for name, text in answer(facts).items()),

@@ -1,5 +1,6 @@
 """Replaces files and folders as a whole: after a kill or a power cut, the old or the new one is there."""
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, which takes its place if the block ends without an error.
 
     The caller makes the temporary name a file or a folder. On an error it is removed, and `path` stays as it was.
+
+    Raises:
+        IsADirectoryError: `path` is a folder, and a file would take its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{path.name}-", dir=path.parent))
@@ -28,6 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync(temporary)
+        if path.is_dir() and not temporary.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if path.is_dir():
             os.replace(path, folder / OLD)  # no folder can be renamed onto one that holds files
         os.replace(temporary, path)

@@ -150,7 +150,13 @@ class RunDirectory:
         return build_config(yaml.safe_load(self.config_file.read_text(encoding="utf-8")), source=str(self.config_file))
 
     def provenance(self) -> dict[str, Any]:
-        """Return what `write_provenance` wrote at the start."""
+        """Return what `write_provenance` wrote at the start.
+
+        Raises:
+            RunDirectoryError: it is not there.
+        """
+        if not self.provenance_file.is_file():
+            raise RunDirectoryError(f"{self.location} holds no {self.provenance_file.name}: its search has not started")
         return read_json(self.provenance_file)
 
 
@@ -193,6 +199,9 @@ def open_run(path: Path, config: SearchConfig, *, resume: bool) -> RunDirectory:
         raise RunDirectoryError(f"nothing to resume: {run.location} does not exist")
     pull(run)
     if not run.config_file.is_file():
+        others = [path.name for path in run.path.iterdir() if path.name[0] != "." and path.name != run.logs.name]
+        if others and run.remote is None:
+            raise RunDirectoryError(f"nothing to resume: {run.location} holds no search, but {min(others)}")
         return run  # killed before the config was on disk: there is nothing to contradict
     before, now = _comparable(run.config()), _comparable(with_pinned_commits(config, run))
     if before != now:

@@ -156,10 +156,11 @@ class SearchState:
     def best(self) -> TrialRow | None:
         """Return the finished trial of lowest validation loss.
 
-        Where assignments were repeated with other seeds, choose the assignment of lowest mean, and its best run.
+        Where the leading assignment was repeated with other seeds, choose the repeated one of lowest mean, and its best
+        run.
         """
         repetitions = self.repetitions()
-        if repetitions:
+        if any(row["number"] == leader.number for row in repetitions for leader in self.leaders(1)):
             return min(self.runs_of(repetitions[0]["number"]), key=lambda row: row.final_loss)
         if not self._numbers["finished"]:
             return None

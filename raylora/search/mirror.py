@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 from optuna.trial import TrialState
@@ -61,7 +62,8 @@ class StudyMirror:
 
     def _open(self) -> optuna.Study:
         self._file.unlink(missing_ok=True)
-        return optuna.create_study(study_name=STUDY, storage=f"sqlite:///{self._file}", direction="minimize")
+        storage = f"sqlite:///{quote(str(self._file))}"  # a path may have a question mark in it
+        return optuna.create_study(study_name=STUDY, storage=storage, direction="minimize")
 
     def _mirror(self, study: optuna.Study, event: Event) -> None:
         match event:

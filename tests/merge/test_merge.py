@@ -32,6 +32,7 @@ from raylora.data.rows import IGNORE, load_part
 from raylora.errors import BaseModelError, ConfigError, MergeError, RunDirectoryError
 from raylora.merge import adapter_update as updates
 from raylora.merge import calibrate
+from raylora.merge import run as merge_of_run
 from raylora.merge import select as merging
 from raylora.merge.evaluator import MergeEvaluator
 from raylora.merge.gate import check_tolerance
@@ -41,7 +42,7 @@ from raylora.merge.run import merge_run, save_best_adapter
 from raylora.merge.select import RoundedModel, _measure_written, accepted_increase, merge_adapter, open_reader
 from raylora.merge.write import write_nf4
 from raylora.report.merge_tables import merge_rows, verdict
-from raylora.run.atomic import PREFIX, read_json
+from raylora.run.atomic import PREFIX, read_json, write_json
 from raylora.run.directory import RunDirectory
 from raylora.run.events import EventLog, Finished, Started
 from raylora.run.provenance import write_provenance
@@ -484,6 +485,43 @@ def test_what_cannot_be_merged_is_refused_at_once(arguments: list[str], message:
     ended = CliRunner().invoke(app, options)
     assert ended.exit_code == 2
     assert message in ended.stderr
+
+
+@pytest.mark.parametrize("option", ["--base", "--adapter", "--output"])
+def test_a_search_is_merged_by_its_own_base_adapter_and_output(option: str, tmp_path: Path) -> None:
+    ended = CliRunner().invoke(app, ["merge", str(tmp_path), option, "x"])
+    assert ended.exit_code == 2
+    assert "the folder of a search has its own base, adapter and output" in ended.stderr
+
+
+def test_a_merge_takes_along_what_is_outdated(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+
+    def merged(trial: int, **hashes: str) -> dict[str, Any]:
+        return {"trial": trial, "forms": {form: {"logits_sha256": value} for form, value in hashes.items()}}
+
+    for result, check_stays, bf16_stays in (
+        (merged(1, nf4="a"), True, True),  # the same models again
+        (merged(1, nf4="b"), False, True),  # by another strategy
+        (merged(2, nf4="c"), False, False),  # of another trial
+    ):
+        write_json(run.merge_file, merged(1, nf4="a", bf16="x"))
+        write_json(run.evaluation_file, {})
+        run.answers_file.touch()
+        run.merged("bf16").mkdir(exist_ok=True)
+        merge_of_run._remove_outdated(run, result)
+        assert run.evaluation_file.exists() == run.answers_file.exists() == check_stays
+        assert run.merged("bf16").exists() == bf16_stays
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"peft_type": "LORA", "r": "8", "target_modules": 3}'])
+def test_a_broken_adapter_config_is_one_line(text: str, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    (tmp_path / "adapter_model.bin").write_bytes(b"no pickle")
+    options = ["merge", "--base", str(tiny_model), "--adapter", str(tmp_path), "--output", str(tmp_path / "out")]
+    ended = CliRunner().invoke(app, options)
+    assert ended.exit_code == 1
+    assert "adapter" in ended.stderr and "Traceback" not in ended.stderr and len(ended.stderr.splitlines()) == 1
 
 
 def test_an_adapter_on_the_hub_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

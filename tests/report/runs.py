@@ -9,6 +9,7 @@ from raylora.config.schema import SearchConfig
 from raylora.run.atomic import write_json, write_text
 from raylora.run.directory import RunDirectory
 from raylora.run.events import Event, EventLog, Paused, Stopped
+from raylora.run.state import SearchState
 from tests.helpers import LANE, SESSION, history_of
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> ```{{ 7 * 7 }}'
@@ -129,7 +130,8 @@ def make_run(
 def make_checked_run(folder: Path, config: SearchConfig, **scores: float) -> RunDirectory:
     """Write a search that is merged and checked as well."""
     run = make_run(folder, config)
-    write_json(run.merge_file, MERGE)
+    finished = [trial.number for trial in SearchState.load(run).finished()]
+    write_json(run.merge_file, {**MERGE, "finished": finished})
     write_json(run.merged("nf4") / "config.json", CONFIG)
     write_json(run.evaluation_file, evaluation(**scores))
     write_text(run.answers_file, "".join(json.dumps(line) + "\n" for line in ANSWERS))

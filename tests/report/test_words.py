@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from raylora.cli.app import app
 from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
+from raylora.evaluate.heldout import evaluate_run
 from raylora.report.answer import answer
 from raylora.report.baselines import comparisons, learning_rate_rule
 from raylora.report.comparison import check_comparable, comparison_rows, verdict
@@ -24,7 +26,7 @@ from raylora.report.screen import print_summary
 from raylora.report.tables import WIDTH, fitting, markdown_table, text_block
 from raylora.report.words import change, learning_rate
 from raylora.run.directory import RunDirectory
-from raylora.run.events import Event, Proposed
+from raylora.run.events import Event, EventLog, Proposed
 from tests.helpers import LANE, SESSION, history_of
 from tests.report.runs import ANSWERS, EVENTS, HOSTILE, SPACE, make_checked_run, make_run
 
@@ -189,6 +191,44 @@ def test_a_comparison_says_if_the_difference_may_be_chance(make_config: MakeConf
     assert verdict([good, bad], losses=True).endswith("Its 95 % interval overlaps with no other.")
     assert "overlaps with that of close: that may be chance" in verdict([bad, good, close], losses=True)
     assert verdict([good, good], losses=True) == "Share of answers that equal a reference is 90.0 % in all runs."
+
+
+def test_a_merge_of_before_further_trials_is_not_reported(make_config: MakeConfig, tmp_path: Path) -> None:
+    run = make_checked_run(tmp_path / "run", make_config(space=SPACE, search={"n_trials": 5}))
+    facts = load_facts(run)
+    assert facts.merge is not None and facts.evaluation is not None and facts.answers
+    log = EventLog(run.events_file)
+    later = SESSION.time + 86400  # on the next day
+    for event in (SESSION, LANE, *history_of(9, {3: 0.5, 9: 0.1}, "finished")):
+        log.append(replace(event, time=later))
+    log.flush()
+    resumed = load_facts(run)
+    assert resumed.merge is None and resumed.evaluation is None and resumed.answers == []
+    assert resumed.chosen is not None and resumed.chosen.number == 9
+    assert resumed.seconds == pytest.approx(facts.seconds)  # the night between is not counted
+    with pytest.raises(RunDirectoryError, match="was merged before all of its trials had finished"):
+        evaluate_run(run)
+
+
+def test_repetitions_are_counted_beside_the_trials(make_config: MakeConfig, tmp_path: Path) -> None:
+    events = [SESSION, LANE, *history_of(0, {9: 1.0}, "finished"), *history_of(1, {9: 1.1}, "finished", repeat_of=0)]
+    run = make_run(tmp_path / "run", make_config(space=SPACE, search={"n_trials": 1}), events)
+    facts = load_facts(run)
+    assert facts.size() == "1 trial and 1 repetition" and facts.counts() == "1 finished"
+    assert "Of 1 trial and 1 repetition, trial 0" in answer(facts)["The search"]
+    write_report(run)
+    assert "1 trial and 1 repetition: 1 finished." in run.report_file.read_text()
+
+
+@pytest.mark.parametrize("name", ["folder", "folder.html", "notes.txt"])
+def test_a_comparison_overwrites_nothing_but_a_page(name: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    runs = [make_checked_run(tmp_path / one, make_config(space=SPACE)) for one in ("one", "two")]
+    if name.startswith("folder"):
+        (tmp_path / name / "precious").mkdir(parents=True)
+    result = CliRunner().invoke(app, ["compare", *(str(run.path) for run in runs), "--output", str(tmp_path / name)])
+    assert result.exit_code == 2
+    assert "--output must be an HTML file" in result.output
+    assert (tmp_path / name / "precious").is_dir() == name.startswith("folder")
 
 
 def test_the_command_writes_the_comparison(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -35,6 +35,13 @@ def test_directories_are_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["two"]
 
 
+def test_a_file_takes_the_place_of_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "results" / "run").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match="results"):
+        write_text(tmp_path / "results", "a page")
+    assert [path.name for path in tmp_path.rglob("*")] == ["results", "run"]
+
+
 def test_a_replacement_cut_between_its_two_renames_is_completed(tmp_path: Path) -> None:
     left = tmp_path / f"{PREFIX}model-x"
     for version in (OLD, "model"):

@@ -21,6 +21,14 @@ def test_a_used_directory_needs_resume(make_config: Callable[..., SearchConfig],
 def test_nothing_to_resume(make_config: Callable[..., SearchConfig], tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"nothing to resume: .* does not exist"):
         open_run(tmp_path / "none", make_config(), resume=True)
+    (tmp_path / "foreign" / "trials").mkdir(parents=True)
+    with pytest.raises(RunDirectoryError, match=r"nothing to resume: .*foreign holds no search, but trials"):
+        open_run(tmp_path / "foreign", make_config(), resume=True)
+    (tmp_path / "killed" / "logs").mkdir(parents=True)  # before its config was on disk
+    (tmp_path / "killed" / ".lock").touch()
+    assert open_run(tmp_path / "killed", make_config(), resume=True)
+    with pytest.raises(RunDirectoryError, match=r"killed holds no provenance\.json: its search has not started"):
+        RunDirectory(tmp_path / "killed").provenance()
 
 
 def test_resuming_with_another_config_names_the_change(

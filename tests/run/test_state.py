@@ -81,6 +81,11 @@ def test_with_repetitions_the_choice_is_by_the_mean() -> None:
     assert best.number == 7  # the best run of the assignment with the lowest mean, not 0 with its lucky 1.0
     assert state.count("finished") == 3  # repetitions are no trials of their own
     assert state.n_proposed() == 5
+    # a later trial that leads, and is not repeated yet, is the best of all
+    for event in history_of(8, {9: 0.5}, "finished"):
+        state.apply(event)
+    leader = state.best()
+    assert leader is not None and leader.number == 8
 
 
 def test_a_paused_trial_waits_until_it_is_promoted_and_started_again() -> None:

@@ -1,6 +1,7 @@
 """The study for optuna-dashboard: the same trials in the same states, and never the end of a search."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,12 +34,15 @@ def views_of(simulation: Simulation, notes: list[str]) -> Views:
 
 
 def test_the_mirror_shows_every_trial_as_it_is(config: SearchConfig, tmp_path: Path) -> None:
-    simulation = Simulation(config, tmp_path)
+    folder = tmp_path / "100%?x=1#a b"
+    folder.mkdir()
+    simulation = Simulation(config, folder)
     simulation.fail(simulation.lanes["0"], 1)
     simulation.finish()
     notes: list[str] = []
     views_of(simulation, notes).close()
-    study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{simulation.run.study_file}")
+    plain = shutil.copy(simulation.run.study_file, tmp_path / "study.db")
+    study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{plain}")
     states = {
         "finished": TrialState.COMPLETE,
         "stopped": TrialState.PRUNED,
