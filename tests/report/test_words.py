@@ -18,7 +18,7 @@ from raylora.evaluate.heldout import evaluate_run
 from raylora.report.answer import answer
 from raylora.report.baselines import comparisons, learning_rate_rule
 from raylora.report.comparison import check_comparable, comparison_rows, verdict
-from raylora.report.facts import load_facts
+from raylora.report.facts import _seconds, load_facts
 from raylora.report.html.difference import Piece, difference
 from raylora.report.html.space_figures import importances
 from raylora.report.page import write_report
@@ -198,16 +198,19 @@ def test_a_merge_of_before_further_trials_is_not_reported(make_config: MakeConfi
     facts = load_facts(run)
     assert facts.merge is not None and facts.evaluation is not None and facts.answers
     log = EventLog(run.events_file)
-    later = SESSION.time + 86400  # on the next day
     for event in (SESSION, LANE, *history_of(9, {3: 0.5, 9: 0.1}, "finished")):
-        log.append(replace(event, time=later))
+        log.append(event)
     log.flush()
     resumed = load_facts(run)
     assert resumed.merge is None and resumed.evaluation is None and resumed.answers == []
     assert resumed.chosen is not None and resumed.chosen.number == 9
-    assert resumed.seconds == pytest.approx(facts.seconds)  # the night between is not counted
     with pytest.raises(RunDirectoryError, match="was merged before all of its trials had finished"):
         evaluate_run(run)
+
+
+def test_the_time_between_two_sessions_is_not_counted() -> None:
+    events = [replace(event, time=at) for event, at in ((SESSION, 0), (LANE, 10), (SESSION, 86400), (LANE, 86405))]
+    assert _seconds(events) == 15
 
 
 def test_repetitions_are_counted_beside_the_trials(make_config: MakeConfig, tmp_path: Path) -> None:
