@@ -13,7 +13,7 @@ from raylora.report.progress import SEARCHING, Progress
 from raylora.run.activity import read_activity
 from raylora.run.directory import existing_run
 from raylora.run.holding import user_of_run
-from raylora.run.state import SearchState
+from raylora.run.state import UNDER_WAY, SearchState
 from raylora.search.forecast import Sizes
 from raylora.search.messages import Pulse
 
@@ -31,7 +31,9 @@ def status(run_directory: Annotated[Path, typer.Argument(help="Folder or URL of 
         progress.beat({name: _pulse(values) for name, values in activity.facts["pulses"].items()})
     screen.print(progress.view())
     if user is None:
-        screen.print("nothing runs here now" + (f"; report: {run.page_file}" if run.page_file.is_file() else ""))
+        under_way = "; trials under way go on by --resume" if state.numbers(*UNDER_WAY) else ""
+        report = f"; report: {run.page_file}" if run.page_file.is_file() else ""
+        screen.print(f"nothing runs here now{under_way}{report}")
     else:
         doing = f"{activity.what}: {activity.done:,} of {activity.total:,}" if activity else "between two stages"
         screen.print(f"{user}; {doing}")

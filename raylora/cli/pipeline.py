@@ -89,8 +89,12 @@ def run_pipeline(
         push()  # a search whose events are in object storage has its settings there
         stack.enter_context(TrackerProcesses(run, plan.config.report_to, result.print))
         provide = share_files(plan.needed) if address else None
-        _search(run, plan, screen, provide)
-        _finish(run, plan, screen, provide, push)
+        try:
+            _search(run, plan, screen, provide)
+            _finish(run, plan, screen, provide, push)
+        except KeyboardInterrupt:
+            screen.print(f"interrupted; everything is kept. Go on with: --output {quote(str(run.location))} --resume")
+            raise
     print_summary(run, result)
     check_tolerance(read_json(run.merge_file))
 
@@ -115,9 +119,6 @@ def _search(run: RunDirectory, plan: Plan, screen: Console, provide: Callable[[]
 
             run_search(run, lane_settings(run, plan, broker, provide), broker, controller, views, progress.note, beat)
             screen.print(progress.summary())
-    except KeyboardInterrupt:
-        screen.print(f"interrupted; everything is kept. Go on with: --output {quote(str(run.location))} --resume")
-        raise
     finally:
         with suppress(OSError):  # on a disk that takes nothing, the error before it matters
             run.activity_file.unlink(missing_ok=True)

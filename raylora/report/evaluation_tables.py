@@ -71,6 +71,8 @@ def agreement_sentence(result: dict[str, Any], name: str) -> str:
         return agrees + "every answer is the same"
     p = shares["bleu_p_value"]
     difference = result["models"][name]["bleu"] - result["models"]["adapter"]["bleu"]
+    if round(difference, 2) == 0:
+        return agrees + "its BLEU is the same"
     chance = "which may be chance" if p >= SIGNIFICANCE else "more than by chance"
     word = "better" if difference > 0 else "worse"
     return agrees + f"its BLEU is {abs(difference):.2f} {word}, {chance} (p = {p:.2f})"

@@ -23,7 +23,7 @@ def test_a_search_that_runs_is_shown_with_the_steps_of_its_lanes(
     ended = CliRunner().invoke(app, ["status", str(run.path)])
     assert ended.exit_code == 0, ended.output
     assert "best 1.5000 (trial 0)" in ended.output
-    assert f"nothing runs here now; report: {run.page_file}" in ended.output
+    assert f"nothing runs here now; trials under way go on by --resume; report: {run.page_file}" in ended.output
     pulse = {"steps": {1: 2}, "tokens_per_second": 640.0, "memory_mib": 1000.0}
     write_activity(run.activity_file, Activity("searching", 11, 18, facts={"pulses": {"0": pulse}}))
     with locked(run.path):

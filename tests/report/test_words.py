@@ -18,6 +18,7 @@ from raylora.evaluate.heldout import evaluate_run
 from raylora.report.answer import answer
 from raylora.report.baselines import comparisons, learning_rate_rule
 from raylora.report.comparison import check_comparable, comparison_rows, verdict
+from raylora.report.evaluation_tables import agreement_sentence
 from raylora.report.facts import _seconds, load_facts
 from raylora.report.html.difference import Piece, difference
 from raylora.report.html.space_figures import importances
@@ -148,6 +149,13 @@ def test_a_check_of_an_earlier_version_gives_a_report_that_says_what_is_missing(
             "There are no intervals and no list of all answers: an earlier version of raylora made this check." in text
         )
         assert "hello" in text  # its samples are there
+
+
+def test_an_equal_score_is_neither_better_nor_worse() -> None:
+    shares = {"tokens": 0.9, "answers": 0.5, "bleu_p_value": 1.0}
+    scores = {"adapter": {"bleu": 40.0}, "merged_nf4": {"bleu": 40.004}}
+    said = agreement_sentence({"agreement_with_adapter": {"merged_nf4": shares}, "models": scores}, "merged_nf4")
+    assert said == "merged_nf4 agrees with adapter in 90.0 % of tokens; its BLEU is the same"
 
 
 def test_a_run_without_trials_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
