@@ -6,6 +6,7 @@ Importing this module loads neither torch nor Ray.
 
 import copy
 import difflib
+import os
 import re
 from pathlib import Path
 from types import NoneType, UnionType
@@ -130,15 +131,26 @@ def _with_absolute_paths(config: SearchConfig) -> SearchConfig:
 
 def _is_local(path: Path) -> bool:
     """Return True for a path of this machine, or a pattern of such paths, and False for a Hub id or a URL."""
-    try:
-        return path.exists() or ("*" in path.name and ":" not in path.parts[0])
-    except OSError:  # a name of more characters than a file can have
-        return False
+    # unlike `Path.exists`, this takes names of more characters than a file can have
+    return os.path.exists(path) or ("*" in path.name and ":" not in path.parts[0])
 
 
 def dump_config(config: SearchConfig) -> str:
-    """Return the resolved config as YAML that loads to the same config."""
+    """Return the resolved config as YAML, for `parse_config` and `load_config`."""
     return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse_config(text: str, *, source: str) -> SearchConfig:
+    """Return the config that `dump_config` has written.
+
+    Args:
+        text: YAML.
+        source: opens the error message.
+
+    Raises:
+        ConfigError: a key or value breaks a rule.
+    """
+    return build_config(yaml.load(text, _Loader), source=source)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from raylora.config.load import build_config
+from raylora.config.load import parse_config
 from raylora.config.schema import SearchConfig
 from raylora.errors import RunDirectoryError
 from raylora.run.atomic import read_json
@@ -147,7 +147,7 @@ class RunDirectory:
         """
         if not self.config_file.is_file():
             raise RunDirectoryError(f"{self.location} is no run directory: it holds no {self.config_file.name}")
-        return build_config(yaml.safe_load(self.config_file.read_text(encoding="utf-8")), source=str(self.config_file))
+        return parse_config(self.config_file.read_text(encoding="utf-8"), source=str(self.config_file))
 
     def provenance(self) -> dict[str, Any]:
         """Return what `write_provenance` wrote at the start.

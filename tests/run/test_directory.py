@@ -70,6 +70,16 @@ def test_config_and_provenance_are_read_back(make_config: Callable[..., SearchCo
     assert {"ray", "torch", "peft", "bitsandbytes"} <= provenance["packages"].keys()
 
 
+def test_texts_that_look_like_other_values_are_read_back_as_texts(
+    make_config: Callable[..., SearchConfig], tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    texts = {"date": "2024-02-30", "float": "2e-4", "boolean": "no", "null": "null", "comment": "#### (.+)"}
+    config = make_config(data={"subset": "2024-07-26", "chat_template_kwargs": texts})
+    write_provenance(run, config, {"seed": 0})
+    assert run.config() == config
+
+
 def test_a_folder_without_config_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"is no run directory: it holds no config\.yaml"):
         RunDirectory(tmp_path).config()
