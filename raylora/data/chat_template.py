@@ -1,5 +1,6 @@
 """Chooses the chat template of a search, and asks it what it writes: prompts, ends of turns, names of variables."""
 
+import os
 import re
 from contextlib import suppress
 from datetime import datetime
@@ -93,11 +94,7 @@ def _fitted(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _from_file(path: Path) -> str:
     """Read a Jinja file."""
-    try:
-        is_file = path.is_file()
-    except OSError:  # a name of more characters than a file can have
-        is_file = False
-    if not is_file:
+    if not os.path.isfile(path):  # unlike `Path.is_file`, this takes names of more characters than a file can have
         names = ", ".join(f"`{name}`" for name in (*NAMED, "tokenizer"))
         raise DataError(f"data.chat_template must be {names} or a Jinja file, found {str(path)[:60]}")
     try:

@@ -1,6 +1,6 @@
 """Defines one row in the form that tokens are made of: a text, or a conversation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,3 +80,8 @@ class Conversation:
 
 Example = TextExample | Conversation
 """One row, in the form that tokens are made of."""
+
+
+def has_conversations(examples: Iterable[Example]) -> bool:
+    """Return True if one of the examples is a conversation."""
+    return any(isinstance(one, Conversation) for one in examples)

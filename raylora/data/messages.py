@@ -247,9 +247,8 @@ def _calls(turn: Message) -> list[dict[str, Any]]:
 def _spelt_calls(content: Any) -> list[dict[str, Any]]:
     """Return the tool calls that are the content of a turn: one, a list, or one a line; empty if it is no call."""
     if isinstance(content, str):
-        lines = [read_notation(line) for line in content.splitlines() if line.strip()]
         read = read_notation(content)
-        content = read if read is not None else lines
+        content = [read_notation(line) for line in content.splitlines() if line.strip()] if read is None else read
     calls = content if isinstance(content, list) else [content]
     are_calls = all(isinstance(call, dict) and call.keys() & {"name", "function"} for call in calls)
     return [_call(call) for call in calls] if are_calls else []

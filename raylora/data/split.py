@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raylora.config.schema import DataSection
-from raylora.data.examples import Conversation, Example
+from raylora.data.examples import Example, has_conversations
 from raylora.data.files import OnBadRow, Rows
 from raylora.data.formats import detect_format, rename_columns, to_examples, unused_columns
 from raylora.data.read import hub_split, read_rows
@@ -45,7 +45,7 @@ class Parts:
     @property
     def has_conversations(self) -> bool:
         """True if rows are conversations."""
-        return any(isinstance(one, Conversation) for part in PARTS for one in getattr(self, part))
+        return any(has_conversations(getattr(self, part)) for part in PARTS)
 
 
 def read_parts(data: DataSection) -> Parts:
@@ -119,8 +119,7 @@ class _Source:
     def unused_columns(self, data: DataSection, examples: list[Example]) -> list[str]:
         """Return the columns of the files that no example holds."""
         rows = (row for rows in self.files.values() for row in rows.values())
-        conversations = any(isinstance(one, Conversation) for one in examples)
-        return unused_columns(rows, self.format, data.columns, conversations=conversations)
+        return unused_columns(rows, self.format, data.columns, conversations=has_conversations(examples))
 
 
 def _without_overlap(given: dict[str, list[Example]], data: DataSection) -> tuple[list[Example], int]:

@@ -20,7 +20,7 @@ from raylora.evaluate.bootstrap import N_DRAWS, mean_interval, score_intervals
 from raylora.evaluate.generate import Answers, generate
 from raylora.evaluate.scores import agreement, bleu_p_value, score, score_calls, score_rows
 from raylora.merge.write import load_merged
-from raylora.run.atomic import read_json, write_json, write_text
+from raylora.run.atomic import write_json, write_text
 from raylora.run.directory import RunDirectory
 from raylora.run.state import SearchState
 from raylora.training.losses import row_losses
@@ -45,9 +45,9 @@ def evaluate_run(run: RunDirectory) -> dict[str, Any]:
         RunDirectoryError: there is no adapter or merged model yet.
     """
     config, provenance = run.config(), run.provenance()
-    merge = read_json(run.merge_file) if run.merge_file.is_file() else {"forms": {}, "finished": None}
-    merged_forms = [form for form in merge["forms"] if run.merged(form).is_dir()]
-    if merge["finished"] is not None and merge["finished"] != [one.number for one in SearchState.load(run).finished()]:
+    merge = SearchState.load(run).merge_of(run)
+    merged_forms = [form for form in merge["forms"] if run.merged(form).is_dir()] if merge else []
+    if merge is None and run.merge_file.is_file():
         raise RunDirectoryError(
             f"{run.location} was merged before all of its trials had finished; run `python -m raylora.merge "
             f"{run.location}` first"

@@ -15,7 +15,7 @@ from raylora.cli.command import command, console, new_folder, run_command
 from raylora.export.gguf import check_quantizer, convert, find_converter, quantize
 from raylora.export.hub import push
 from raylora.report.model_card import model_card
-from raylora.run.atomic import read_json, replacing, write_text
+from raylora.run.atomic import replacing, write_text
 from raylora.run.directory import RunDirectory, existing_run
 from raylora.run.holding import held
 from raylora.run.state import SearchState
@@ -94,9 +94,8 @@ def _merged(run: RunDirectory, form: str) -> Path:
     from raylora.merge.run import merge_run, save_best_adapter  # noqa: PLC0415  # loads torch
 
     directory = run.merged(form)
-    finished = [trial.number for trial in SearchState.load(run).finished()]
-    merge = read_json(run.merge_file) if run.merge_file.is_file() else {"forms": {}}
-    if not directory.is_dir() or form not in merge["forms"] or merge.get("finished") != finished:
+    merge = SearchState.load(run).merge_of(run)
+    if merge is None or form not in merge["forms"] or not directory.is_dir():
         save_best_adapter(run)
         merge_run(run, {"merge.formats": str([*run.config().merge.formats, form])})
     return directory

@@ -44,22 +44,34 @@ def save_best_adapter(run: RunDirectory) -> TrialRow:
         raise RunDirectoryError(
             f"{run.location} holds no trial that reached the full budget, so none can be called best"
         )
-    assert best.checkpoint is not None  # written before its loss was reported
-    run.pull_checkpoint(best.checkpoint)
-    if (run.path / best.checkpoint).is_dir():
-        _save_adapter(run, best, run.best_adapter)
-        return best
-    merged = read_json(run.merge_file)["trial"] if run.merge_file.is_file() else None
-    if merged != best.number or not run.best_adapter.is_dir():
-        raise RunDirectoryError(f"{run.location} has lost {best.checkpoint}, the checkpoint of its best trial")
+    try:
+        checkpoint = _checkpoint(run, best)
+    except RunDirectoryError:
+        merged = read_json(run.merge_file)["trial"] if run.merge_file.is_file() else None
+        if merged != best.number or not run.best_adapter.is_dir():
+            raise
+        return best  # its adapter is there already
+    _save_adapter(run, checkpoint, run.best_adapter)
     return best
 
 
-def _save_adapter(run: RunDirectory, trial: TrialRow, directory: Path) -> None:
-    """Copy a trial's adapter to a directory. Add the base's name, the tokenizer and the generation settings."""
+def _checkpoint(run: RunDirectory, trial: TrialRow) -> Path:
+    """Return the folder of a trial's checkpoint.
+
+    Raises:
+        RunDirectoryError: it is not there any more.
+    """
     assert trial.checkpoint is not None  # written before its loss was reported
     run.pull_checkpoint(trial.checkpoint)
-    checkpoint, config = run.path / trial.checkpoint, run.config()
+    checkpoint = run.path / trial.checkpoint
+    if not checkpoint.is_dir():
+        raise RunDirectoryError(f"{run.location} has lost {trial.checkpoint}, the checkpoint of trial {trial.number}")
+    return checkpoint
+
+
+def _save_adapter(run: RunDirectory, checkpoint: Path, directory: Path) -> None:
+    """Copy the adapter of a checkpoint to a directory. Add base's name, tokenizer and generation settings."""
+    config = run.config()
     base, data = config.base_model, data_of_run(run, config)
     base_checkpoint = find_checkpoint(base, run.cache(config))
     tokenizer = data.tokenizer(trust_remote_code=base.trust_remote_code)
@@ -114,7 +126,7 @@ def merge_run(run: RunDirectory, overrides: dict[str, str] | None = None) -> dic
     if config.search.objective == "merged_eval_loss":
         candidates = _merge_leaders(run, state, job)
         best = state.trials[min(candidates, key=lambda number: candidates[number])]
-        _save_adapter(run, best, run.best_adapter)
+        _save_adapter(run, _checkpoint(run, best), run.best_adapter)
     result = {
         "trial": best.number if best else None,
         "finished": [trial.number for trial in state.finished()],
@@ -154,7 +166,7 @@ def _merge_leaders(run: RunDirectory, state: SearchState, job: MergeJob) -> dict
     for trial in state.finished()[:MERGED_CANDIDATES]:
         with tempfile.TemporaryDirectory(prefix=f"{PREFIX}merged-", dir=run.path) as folder:
             adapter = Path(folder) / "adapter"
-            _save_adapter(run, trial, adapter)
+            _save_adapter(run, _checkpoint(run, trial), adapter)
             result = merge_adapter(replace(job, adapter=adapter, outputs={}))
             losses[trial.number] = result["models"][result["strategy"]]["eval_loss"]
     return losses

@@ -117,9 +117,7 @@ def load_facts(run: RunDirectory) -> RunFacts:
     state = SearchState(events)
     if not state.trials:
         raise RunDirectoryError(f"{run.location} holds no trials yet, so there is nothing to report")
-    merge = read_json(run.merge_file) if run.merge_file.is_file() else None
-    if merge is not None and merge.get("finished") != [trial.number for trial in state.finished()]:
-        merge = None  # of an earlier state of the search
+    merge = state.merge_of(run)
     is_checked = merge is not None and run.evaluation_file.is_file()
     has_answers = is_checked and run.answers_file.is_file()
     lines = run.answers_file.read_text(encoding="utf-8").split("\n") if has_answers else []

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from raylora.run.atomic import read_json
 from raylora.run.directory import RunDirectory
 from raylora.run.events import (
     Event,
@@ -152,6 +153,11 @@ class SearchState:
         """Return the trials that reached the full budget, lowest validation loss first."""
         rows = [self.trials[number] for number in self._numbers["finished"]]
         return sorted((row for row in rows if row.final_loss < math.inf), key=lambda row: (row.final_loss, row.number))
+
+    def merge_of(self, run: RunDirectory) -> dict[str, Any] | None:
+        """Return the content of `merge.json`; None if it is missing, or if trials have finished since that merge."""
+        merge = read_json(run.merge_file) if run.merge_file.is_file() else {}
+        return merge if merge.get("finished") == [trial.number for trial in self.finished()] else None
 
     def best(self) -> TrialRow | None:
         """Return the finished trial of lowest validation loss.

@@ -470,6 +470,12 @@ def test_of_the_leaders_the_one_best_after_merging_is_chosen(
     weights = "adapter_model.safetensors"
     assert (run.best_adapter / weights).read_bytes() == (run.trial(1) / "checkpoint-9" / weights).read_bytes()
     assert not list(run.path.glob(f"{PREFIX}*"))
+    # where checkpoints were deleted, only the adapter that is there already is of use
+    shutil.rmtree(run.path / "trials")
+    with pytest.raises(RunDirectoryError, match=r"has lost trials/0000/checkpoint-9, the checkpoint of trial 0"):
+        save_best_adapter(run)
+    write_json(run.merge_file, {**result, "trial": 0})
+    assert save_best_adapter(run).number == 0
 
 
 @pytest.mark.parametrize(
